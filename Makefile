@@ -1,0 +1,52 @@
+# Two commands for a newcomer: `make demo` and `make test`. The rest is for those who change the code.
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+.DELETE_ON_ERROR:
+.PHONY: demo test check format bench docs clean
+
+# One stamp for each set of extras, so that `make demo` never waits for what only tests need.
+$(VENV)/.demo: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[demo,umap]"
+	touch $@
+
+$(VENV)/.test: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test]"
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[bench]"
+	touch $@
+
+$(VENV)/.docs: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[docs]"
+	touch $@
+
+demo: $(VENV)/.demo        ## pretrain and evaluate on the embedded DICOM example
+	$(BIN)/python -m kladi.demo
+
+test: $(VENV)/.test        ## every test
+	$(BIN)/python -m pytest -n 2 tests
+
+check: $(VENV)/.test       ## format, lint, types, fast tests
+	$(BIN)/ruff format --check src tests bench
+	$(BIN)/ruff check src tests bench
+	$(BIN)/pyrefly check
+	$(BIN)/python -m pytest -n 2 -m "not slow" tests
+
+format: $(VENV)/.test
+	$(BIN)/ruff format src tests bench
+	$(BIN)/ruff check --fix src tests bench
+
+bench: $(VENV)/.bench      ## side by side with peers
+	$(BIN)/python bench/kernel.py
+	$(BIN)/python bench/augment.py
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) site .pytest_cache .ruff_cache .hypothesis

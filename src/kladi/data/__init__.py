@@ -1,0 +1,1 @@
+"""What we read: manifest row -> pixels -> views."""

@@ -1,0 +1,46 @@
+"""Manifest, pixels and structure joined once, at the border: from here on a row is an integer and a label is an id."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Int, UInt64
+
+from kladi.data.store import Store
+from kladi.structure.labelset import LabelSets
+from kladi.structure.taxonomy import Taxonomy
+
+TRAIN, VAL, TEST, NO_SPLIT = 0, 1, 2, -1
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What training and evaluation read; all arrays have one entry an image, in the order of the store.
+
+    store: the decoded pixels.
+    row_id: 64 bits of the content's digest (unique; ties broken by path).
+    manifest_row: 1-based row of the manifest, to name an image to the user.
+    group: patients as 0..G-1 (a row without an id is its own group).
+    split: TRAIN, VAL, TEST or NO_SPLIT.
+    taxonomy: None where no row has a label.
+    target: node id, -1 where unlabelled.
+    label_sets: the metadata; None where no column was asked for.
+    columns: the metadata (and site, source, ...) as text for reports, "" where unknown.
+    has_patients: whether `group` comes from patient ids.
+    """
+
+    store: Store
+    row_id: UInt64[np.ndarray, " n"]
+    manifest_row: Int[np.ndarray, " n"]
+    group: Int[np.ndarray, " n"]
+    split: Int[np.ndarray, " n"]
+    taxonomy: Taxonomy | None
+    target: Int[np.ndarray, " n"]
+    label_sets: LabelSets | None
+    columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    has_patients: bool = False
+
+    def __len__(self) -> int:
+        return len(self.row_id)

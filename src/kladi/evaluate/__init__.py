@@ -1,0 +1,1 @@
+"""What it bought: embeddings, probes, metrics, statistics."""
