@@ -1,0 +1,81 @@
+"""Configuration: every key round-trips, and every mistake is answered with the closest word."""
+
+import dataclasses
+
+import pytest
+
+from kladi import config
+from kladi.errors import UserError, closest
+
+
+def test_toml_round_trip(tmp_path):
+    changed = config.override(
+        config.Config(),
+        {
+            "train.epochs": "7",
+            "data.metadata": "modality,anatomy",
+            "objective.args.alpha": "0.25",
+            "augment.crop": "0.2,1",
+        },
+    )
+    file = tmp_path / "plan.toml"
+    file.write_text(config.to_toml(changed, {"train.epochs": "because"}))
+    assert "epochs = 7  # because" in file.read_text()
+    assert config.read(file) == changed
+    assert config.from_dict(config.to_dict(changed)) == changed
+
+
+def test_every_default_has_its_own_type():
+    """A default that its own key would refuse could not be written to a file and read back."""
+    default = config.Config()
+    assert config.from_dict(config.to_dict(default)) == default
+    assert len(config.keys()) == sum(
+        len(dataclasses.fields(getattr(default, f.name))) for f in dataclasses.fields(default)
+    )
+
+
+@pytest.mark.parametrize("key", config.keys())
+def test_a_misspelt_key_names_the_right_one(key):
+    """One letter dropped from any key: the message names a key that exists, and the right section's."""
+    typo = key[:-1]
+    if typo in set(config.keys()):
+        pytest.skip(f"{typo} is a key of its own")
+    with pytest.raises(UserError, match=f"--{typo} is not a key; closest: --{key.split('.')[0]}"):
+        config.override(config.Config(), {typo: "1"})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("train.epochs", "many", "whole number"),
+        ("train.epochs", "1.5", "whole number"),
+        ("train.lr", "fast", "a number"),
+        ("train.optimizer", "adam", 'closest: "adamw"'),
+        ("data.drop_blank", "yes", "true or false"),
+        ("augment.crop", "0.3", "takes 2 values"),
+        ("encoder.args", "3", "table of keyword arguments"),
+        ("train.epochs.more", "3", "not a key"),
+        ("epochs", "3", "not a key"),
+    ],
+)
+def test_wrong_values_say_what_was_expected(key, value, message):
+    with pytest.raises(UserError, match=message):
+        config.override(config.Config(), {key: value})
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        config.read(tmp_path / "absent.toml")
+    bad = tmp_path / "bad.toml"
+    bad.write_text("a = = 3")
+    with pytest.raises(UserError, match="not a TOML file"):
+        config.read(bad)
+    bad.write_text("[train]\nepoch = 3\n")
+    with pytest.raises(UserError, match=r"bad.toml: train.epoch is not a key; closest: train.epochs"):
+        config.read(bad)
+
+
+def test_closest_is_case_blind_and_never_empty():
+    assert closest("EPOCHS", ["epochs", "batch"]) == ["epochs"]
+    assert closest("zzz", ["epochs"]) == ["epochs"]
+    assert closest("zzz", []) == []
