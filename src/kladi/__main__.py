@@ -1,0 +1,5 @@
+"""`python -m kladi` is the command `kladi`."""
+
+from kladi.cli import main
+
+raise SystemExit(main())
