@@ -1,0 +1,243 @@
+"""Results -> plotly figures as plain dictionaries. Colours are safe for colour-blind readers (Okabe and Ito)."""
+
+from __future__ import annotations
+
+import html
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+Results = Mapping[str, Any]
+Figure = dict[str, Any]
+Points = tuple[list[Any], list[Any]]
+"""x and y of a line, as JSON numbers."""
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#444444", "#F0E442", "#7F3C8D")
+GREYS = [[0, "#f7f9fb"], [0.5, "#7fa9d0"], [1, "#0b3c68"]]
+ALARM_STD, ALARM_RANK = 0.05, 2.0
+
+
+def all_figures(results: Results, atlas: Mapping[str, Any] | None) -> dict[str, Figure]:
+    """Every figure there is data for, by the id of its place on the page."""
+    extra = results.get("figures") or {}
+    drawn = {
+        "curves": _curves(extra.get("curves") or []),
+        "rate": _rate(extra.get("curves") or []),
+        "monitors": _monitors(results.get("monitors") or []),
+        "idle": _idle(extra.get("curves") or []),
+        "levels": _levels(extra.get("levels") or {}),
+        "violations": _levels(extra.get("violations") or {}, "share of samples nearer to a wrong node"),
+        "severity": _severity(extra.get("severity") or {}),
+        "confusion": _confusion(extra.get("confusion") or {}),
+        "map": _map(atlas),
+    }
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def atlas_data(atlas: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the page's script needs to recolour the map and to show an image on hover."""
+    if not atlas:
+        return {}
+    columns = {name: [plain(v) for v in values] for name, values in atlas["columns"].items()}
+    return {"columns": columns, "thumbnail": atlas.get("thumbnail") or [], "colours": list(COLOURS)}
+
+
+def plain(text: str) -> str:
+    """Text that plotly shows as it is: its labels read a little HTML, so that `<` must not reach them raw."""
+    return html.escape(str(text), quote=True)
+
+
+def _figure(traces: list[dict[str, Any]], x: str, y: str, **layout: Any) -> Figure | None:
+    if not traces:
+        return None
+    axis = {"gridcolor": "#e6eaee", "zerolinecolor": "#c8d0d8", "linecolor": "#c8d0d8", "rangemode": "tozero"}
+    return {
+        "data": traces,
+        "layout": {
+            "margin": {"l": 64, "r": 70 if "yaxis2" in layout else 20, "t": 10, "b": 50},
+            "height": 340,
+            "paper_bgcolor": "white",
+            "plot_bgcolor": "white",
+            "font": {"family": "Segoe UI, Roboto, Helvetica Neue, Arial, sans-serif", "size": 13, "color": "#1f2933"},
+            "hovermode": "closest",
+            "legend": {"orientation": "h", "y": 1.12},
+            "xaxis": {"title": {"text": x}, **axis},
+            "yaxis": {"title": {"text": y}, **axis},
+            **layout,
+        },
+    }
+
+
+def _lines(series: Mapping[str, Points]) -> list[dict[str, Any]]:
+    return [
+        {
+            "type": "scatter",
+            "mode": "lines" if len(x) > 1 else "markers",
+            "name": plain(name),
+            "x": x,
+            "y": y,
+            "line": {"color": COLOURS[i % len(COLOURS)], "width": 1.8},
+        }
+        for i, (name, (x, y)) in enumerate(series.items())
+    ]
+
+
+def _over_steps(curves: list[Mapping[str, Any]], names: list[str]) -> dict[str, Points]:
+    series: dict[str, Points] = {}
+    for name in names:
+        points = [(line["step"], line[name]) for line in curves if isinstance(line.get(name), int | float)]
+        if points:
+            series[name] = ([p[0] for p in points], [p[1] for p in points])
+    return series
+
+
+NOT_LOSSES = {"step", "epoch", "lr", "seconds", "images_per_second", "grad_norm", "std", "rank", "idle", "time"}
+
+
+def _curves(curves: list[Mapping[str, Any]]) -> Figure | None:
+    names = sorted({key for line in curves for key in line} - NOT_LOSSES, key=lambda n: (n != "loss", n))
+    names = [n for n in names if not n.startswith(("idle", "std", "rank"))]
+    return _figure(_lines(_over_steps(curves, names)), "step", "loss")
+
+
+def _rate(curves: list[Mapping[str, Any]]) -> Figure | None:
+    series = _over_steps(curves, ["lr", "grad_norm"])
+    traces = _lines({{"lr": "learning rate", "grad_norm": "gradient norm"}[k]: v for k, v in series.items()})
+    for trace in traces[1:]:
+        trace["yaxis"] = "y2"
+    return _figure(
+        traces, "step", "learning rate", yaxis2={"overlaying": "y", "side": "right", "title": {"text": "gradient norm"}}
+    )
+
+
+def _idle(curves: list[Mapping[str, Any]]) -> Figure | None:
+    names = sorted({key for line in curves for key in line if key.startswith("idle")})
+    return _figure(_lines(_over_steps(curves, names)), "step", "share of anchors without a positive")
+
+
+def _monitors(monitors: list[Mapping[str, Any]]) -> Figure | None:
+    series: dict[str, Points] = defaultdict(lambda: ([], []))
+    for entry in monitors:
+        if entry.get("value") is not None:
+            series[str(entry["metric"])][0].append(entry["step"])
+            series[str(entry["metric"])][1].append(entry["value"])
+    ranks = {name: xy for name, xy in series.items() if "rank" in name}
+    spreads = {name: xy for name, xy in series.items() if "rank" not in name}
+    traces = _lines({**spreads, **ranks})
+    for trace in traces[len(spreads) :]:
+        trace["yaxis"] = "y2"
+    alarm = [_rule(ALARM_STD, "y", "alarm: std")] if spreads else []
+    if ranks:
+        alarm.append(_rule(ALARM_RANK, "y2", "alarm: rank"))
+    return _figure(
+        traces,
+        "step",
+        "standard deviation a dimension",
+        yaxis2={"overlaying": "y", "side": "right", "title": {"text": "effective rank"}, "rangemode": "tozero"},
+        shapes=alarm,
+    )
+
+
+def _rule(height: float, axis: str, name: str) -> dict[str, Any]:
+    line = {"color": "#b00020", "width": 1, "dash": "dot"}
+    return {
+        "type": "line",
+        "xref": "paper",
+        "x0": 0,
+        "x1": 1,
+        "yref": axis,
+        "y0": height,
+        "y1": height,
+        "line": line,
+        "name": name,
+    }
+
+
+def _levels(levels: Mapping[str, list[Any]], y: str = "accuracy") -> Figure | None:
+    traces = [
+        {
+            "type": "bar",
+            "name": plain(method),
+            "x": [f"depth {i + 1}" for i in range(len(values))],
+            "y": values,
+            "marker": {"color": COLOURS[i % len(COLOURS)]},
+        }
+        for i, (method, values) in enumerate(levels.items())
+    ]
+    return _figure(traces, "", y, barmode="group")
+
+
+def _severity(severity: Mapping[str, Any]) -> Figure | None:
+    counts = severity.get("counts") or {}
+    traces = [
+        {
+            "type": "bar",
+            "name": plain(method),
+            "x": severity["heights"],
+            "y": values,
+            "marker": {"color": COLOURS[i % len(COLOURS)]},
+        }
+        for i, (method, values) in enumerate(counts.items())
+    ]
+    return _figure(traces, "height of the lowest common ancestor of truth and answer", "errors", barmode="group")
+
+
+def _confusion(confusion: Mapping[str, Any]) -> Figure | None:
+    """Rows are the truth, in depth-first order of the tree; colour is the share of the row, the text its count."""
+    names, counts = confusion.get("nodes") or [], confusion.get("counts") or []
+    if not names:
+        return None
+    shares = [[c / max(sum(row), 1) for c in row] for row in counts]
+    labels = [plain(name) for name in names]
+    trace = {
+        "type": "heatmap",
+        "z": shares,
+        "x": labels,
+        "y": labels,
+        "text": [[str(c) if c else "" for c in row] for row in counts],
+        "texttemplate": "%{text}",
+        "hovertemplate": "truth %{y}<br>answer %{x}<br>%{text} images, share %{z:.2f}<extra></extra>",
+        "colorscale": GREYS,
+        "zmin": 0,
+        "zmax": 1,
+        "colorbar": {"title": {"text": "share of row"}, "thickness": 12},
+    }
+    figure = _figure([trace], "answer", "truth", height=max(360, 26 * len(names) + 220))
+    if figure is not None:
+        longest = max(len(name) for name in names)
+        figure["layout"]["yaxis"].update(
+            {"autorange": "reversed", "automargin": True, "title": {"text": "truth", "standoff": 8}}
+        )
+        figure["layout"]["xaxis"].update({"automargin": True, "tickangle": 60 if longest > 6 else 0})
+        figure["layout"]["shapes"] = _parent_lines(names)
+    return figure
+
+
+def _parent_lines(names: list[str]) -> list[dict[str, Any]]:
+    """A line wherever the top of the path changes between neighbours."""
+    line = {"color": "#1f2933", "width": 1}
+    breaks = [i for i in range(1, len(names)) if names[i].split("/")[0] != names[i - 1].split("/")[0]]
+    edge = len(names) - 0.5
+    rows = [{"type": "line", "x0": -0.5, "x1": edge, "y0": i - 0.5, "y1": i - 0.5, "line": line} for i in breaks]
+    columns = [{"type": "line", "y0": -0.5, "y1": edge, "x0": i - 0.5, "x1": i - 0.5, "line": line} for i in breaks]
+    return rows + columns
+
+
+def _map(atlas: Mapping[str, Any] | None) -> Figure | None:
+    """The empty frame of the map; the page's script fills it by the chosen colour column."""
+    if not atlas or not atlas.get("points"):
+        return None
+    x = [point[0] for point in atlas["points"]]
+    y = [point[1] for point in atlas["points"]]
+    trace = {
+        "type": "scatter",
+        "mode": "markers",
+        "x": x,
+        "y": y,
+        "marker": {"size": 6, "color": COLOURS[0], "opacity": 0.8},
+    }
+    figure = _figure([trace], "", "", height=560, legend={"orientation": "v", "itemsizing": "constant"})
+    if figure is not None:
+        for axis in ("xaxis", "yaxis"):
+            figure["layout"][axis] = {"showticklabels": False, "showgrid": False, "zeroline": False}
+    return figure

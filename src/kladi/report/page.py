@@ -1,0 +1,149 @@
+"""results.json -> one offline HTML file: no request, no script but ours, nothing to install to read it.
+
+Everything a page shows comes from results.json; `map.json` (two-dimensional map) and `thumbnails.json` are used where
+they lie beside it. Names of labels, methods and columns are a stranger's text: they reach the page as escaped HTML or
+as JSON in an inert tag, never as markup, and the content security policy lets no script run but those whose hashes it
+holds.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from plotly.offline import get_plotlyjs
+
+from kladi.errors import UserError
+from kladi.report import figures, tables
+
+Results = Mapping[str, Any]
+FORMAT, VERSION = "kladi-results", 1
+
+
+def write(source: Path, out: Path | None = None) -> Path:
+    """Draw the page of a results.json, or of the folder that holds one; returns where it went.
+
+    Args:
+        source: results.json or its folder.
+        out: the page's path; `report.html` beside results.json where it is None.
+
+    Raises:
+        UserError: there is no results.json, or it is none of ours.
+    """
+    file = source / "results.json" if source.is_dir() else source
+    results = read(file)
+    beside = file.parent
+    page = render(results, _beside(beside / "map.json"), _beside(beside / "thumbnails.json"))
+    target = out or beside / "report.html"
+    _write_private(target, page)
+    return target
+
+
+def read(file: Path) -> Results:
+    """A results file, after the check that it is one of ours."""
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: no results to report on ({error.strerror}); kladi evaluate writes them") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: damaged, or no results file ({error})") from error
+    if not isinstance(results, dict) or results.get("format") != FORMAT:
+        raise UserError(f'{file}: no results file of kladi (it lacks "format": "{FORMAT}")')
+    if results.get("version") != VERSION:
+        raise UserError(f"{file}: format version {results.get('version')}; this kladi reads version {VERSION}")
+    return results
+
+
+def render(results: Results, atlas: Mapping[str, Any] | None, thumbnails: list[str] | None) -> str:
+    """The page as text.
+
+    Args:
+        results: the content of results.json.
+        atlas: the content of map.json, or None.
+        thumbnails: data URIs, indexed by the map's `thumbnail` entries, or None.
+    """
+    assets = files("kladi.report") / "assets"
+    plotly, script = get_plotlyjs(), (assets / "page.js").read_text(encoding="utf-8")
+    drawn = figures.all_figures(results, atlas)
+    data = {"figures": drawn, "thumbnails": thumbnails or [], "atlas": figures.atlas_data(atlas)}
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: (assets / name).read_text(encoding="utf-8")),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    marker = secrets.token_hex(16)
+    html = environment.get_template("page.html").render(
+        marker=marker,
+        policy=_policy(plotly, script),
+        style=(assets / "page.css").read_text(encoding="utf-8"),
+        title=_title(results),
+        summary=tables.summary(results),
+        headline=tables.headline(results),
+        regimes=tables.regimes(results),
+        comparisons=tables.comparisons(results),
+        methods=results.get("methods", []),
+        data_facts=tables.data_facts(results),
+        labels=tables.labels(results),
+        excluded=sorted(results.get("data", {}).get("excluded", {}).items()),
+        warnings=results.get("data", {}).get("warnings", []),
+        figures=drawn,
+        atlas=atlas,
+        has_images=bool(thumbnails),
+        purity=tables.purity(atlas),
+        provenance=tables.provenance(results),
+        not_run=tables.not_run(results),
+    )
+    # Scripts and data go in after rendering: 5 MB of them need no template engine. The marker is drawn anew for each
+    # page, so that no stranger's text can hold it.
+    for name, text in (("data", _inert(data)), ("plotly", plotly), ("script", script)):
+        html = html.replace(f"{marker}-{name}", text)
+    return html
+
+
+def _title(results: Results) -> str:
+    return str(results.get("study", {}).get("name") or "evaluation")
+
+
+def _beside(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: damaged ({error}); delete it, and the page is drawn without it") from error
+
+
+def _inert(value: Any) -> str:
+    """JSON that can close no tag and open none, wherever it stands in HTML."""
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _policy(*scripts: str) -> str:
+    """Nothing loads or connects, only scripts with these hashes run. Styles are inline because plotly sets them."""
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    hashes = " ".join(f"'sha256-{digest}'" for digest in digests)
+    elsewhere = "style-src 'unsafe-inline'; img-src data:; form-action 'none'; base-uri 'none'"
+    return f"default-src 'none'; script-src {hashes}; {elsewhere}"
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Write for the owner's eyes alone, and replace an older page only when the new one is whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error

@@ -1,0 +1,273 @@
+"""Results -> what the tables of the page say. Plain rows of text; a number never without its n and spread."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+Results = Mapping[str, Any]
+
+METRIC_ORDER = (
+    "balanced_accuracy",
+    "accuracy",
+    "macro_f1",
+    "auc",
+    "hierarchical_f1",
+    "hierarchical_f1_macro",
+    "tree_accuracy",
+    "mistake_severity",
+    "parent_violation_rate",
+)
+LOWER_IS_BETTER = {"mistake_severity", "parent_violation_rate", "ece", "hierarchical_distance_at_1"}
+REGIMES = {
+    "probe": "Linear probe on frozen features",
+    "knn": "Nearest neighbours (cosine)",
+    "retrieval": "Retrieval",
+    "prototype": "Nearest prototype",
+    "finetune": "Fine-tuning",
+    "representation": "The representation itself",
+}
+
+
+def summary(results: Results) -> list[str]:
+    """What was done, in sentences."""
+    study, data = results.get("study", {}), results.get("data", {})
+    methods = results.get("methods", [])
+    lines = []
+    if methods:
+        main = methods[0]
+        objective = main.get("objective") or "no objective"
+        lines.append(
+            f"An encoder {main.get('encoder', '')} pretrained with {objective}, {_count(main.get('epochs'), 'epoch')}."
+        )
+    patients = data.get("patients")
+    lines.append(f"{_count(data.get('images'), 'image')} of {_count(patients, 'patient')}.")
+    splits = results.get("splits", {})
+    if splits:
+        lines.append(f"Split: {splits.get('kind', 'unknown')}, by {splits.get('group') or 'image (no patient ids)'}.")
+    if study.get("pretrain"):
+        lines.append(f"Pretraining and evaluation: {study['pretrain']}.")
+    return lines
+
+
+def headline(results: Results) -> list[dict[str, str]]:
+    """The primary metric of each method, as large for one that lost as for one that won."""
+    primary = results.get("study", {}).get("primary_metric") or "balanced_accuracy"
+    cells = _cells(results)
+    regimes_there = list(dict.fromkeys(key[1] for key in cells if key[2] == primary))
+    if not regimes_there:
+        return []
+    regime = "probe" if "probe" in regimes_there else regimes_there[0]
+    found = [
+        (method, cells[method, regime, primary]) for method in _methods(results) if (method, regime, primary) in cells
+    ]
+    return [
+        {
+            "method": method,
+            "value": _number(mean(rows)),
+            "note": _spread_note(rows),
+            "metric": f"{words(primary)}, {regime}",
+        }
+        for method, rows in found
+    ]
+
+
+def regimes(results: Results) -> list[dict[str, Any]]:
+    """One table a regime: a row a method, a column a metric."""
+    cells = _cells(results)
+    names = list(dict.fromkeys(key[1] for key in cells))
+    out = []
+    for regime in sorted(names, key=lambda r: list(REGIMES).index(r) if r in REGIMES else 99):
+        metrics = _ordered({key[2] for key in cells if key[1] == regime})
+        rows = []
+        for method in _methods(results):
+            row = [_cell(cells.get((method, regime, metric), [])) for metric in metrics]
+            if any(cell["value"] != "" for cell in row):
+                rows.append({"method": method, "control_of": _control_of(results, method), "cells": row})
+        _mark_best(rows, metrics)
+        out.append({"name": REGIMES.get(regime, regime), "metrics": [words(m) for m in metrics], "rows": rows})
+    return out
+
+
+def comparisons(results: Results) -> list[dict[str, str]]:
+    """Difference to the reference, interval, p values and the verdict word."""
+    out = []
+    for c in results.get("comparisons", []):
+        interval = c.get("interval")
+        out.append(
+            {
+                "method": str(c.get("method")),
+                "reference": str(c.get("reference")),
+                "what": f"{words(str(c.get('metric')))}, {c.get('regime')}",
+                "difference": _signed(c.get("difference")),
+                "interval": f"[{_signed(interval[0])}, {_signed(interval[1])}]" if interval else "none",
+                "kind": str(c.get("interval_kind") or ""),
+                "corrected": _p(c.get("corrected_t_p")),
+                "holm": _p(c.get("holm_p")),
+                "wilcoxon": _p(c.get("wilcoxon_p")) + (f" (least {_p(c['least_p'])})" if c.get("least_p") else ""),
+                "verdict": str(c.get("verdict") or ""),
+            }
+        )
+    return out
+
+
+def data_facts(results: Results) -> list[tuple[str, str]]:
+    """The data in one line a fact."""
+    data = results.get("data", {})
+    facts = [("images", _thousands(data.get("images"))), ("patients", _thousands(data.get("patients")))]
+    if data.get("sites"):
+        facts.append(("sites", _thousands(data["sites"])))
+    facts += [
+        (str(part["part"]), f"{_thousands(part['images'])} images of {_thousands(part['patients'])} patients")
+        for part in _parts(results)
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def labels(results: Results) -> list[tuple[str, str, str]]:
+    """Each label with its images and patients, in the order of the file."""
+    counts = results.get("data", {}).get("labels", {})
+    return [(name, _thousands(images), _thousands(patients)) for name, (images, patients) in counts.items()]
+
+
+def purity(atlas: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What the eye guesses from the map, as a number."""
+    if not atlas:
+        return []
+    return [
+        (name, f"{entry['value']:.2f} of the {entry['k']} nearest in the full space agree")
+        for name, entry in sorted(atlas.get("purity", {}).items())
+        if entry.get("value") is not None
+    ]
+
+
+def provenance(results: Results) -> list[tuple[str, str]]:
+    """How to get here again."""
+    facts = [("command", str(results.get("study", {}).get("command") or ""))]
+    for key, value in sorted(results.get("provenance", {}).items()):
+        text = ", ".join(f"{k} {v}" for k, v in sorted(value.items())) if isinstance(value, dict) else str(value)
+        facts.append((key, text))
+    facts += [
+        ("results digest", str(results.get("digest", ""))),
+        ("data digest", str(results.get("data", {}).get("digest", ""))),
+        ("taxonomy digest", str(results.get("data", {}).get("taxonomy_digest") or "none")),
+        ("split digest", str(results.get("splits", {}).get("digest", ""))),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def not_run(results: Results) -> list[str]:
+    """Values that could not be computed, with the reason; each reason once, with its count."""
+    reasons: dict[str, int] = defaultdict(int)
+    for row in results.get("rows", []):
+        if row.get("value") is None:
+            reasons[
+                f"{row['method']}, {row['regime']}, {words(row['metric'])}: {row.get('reason') or 'no reason given'}"
+            ] += 1
+    return [text + (f" ({count} times)" if count > 1 else "") for text, count in sorted(reasons.items())]
+
+
+def words(metric: str) -> str:
+    """`balanced_accuracy` -> `balanced accuracy`; the arrow says which way is better where lower is."""
+    text = metric.replace("_", " ").replace("hierarchical f1", "hierarchical F1")
+    return text + (" (lower is better)" if metric in LOWER_IS_BETTER else "")
+
+
+def mean(rows: Iterable[Mapping[str, Any]]) -> float | None:
+    values = [row["value"] for row in rows if row.get("value") is not None]
+    return sum(values) / len(values) if values else None
+
+
+def spread(rows: Iterable[Mapping[str, Any]]) -> float | None:
+    """Standard deviation over folds, repeats and seeds; None where there is one value."""
+    values = [row["value"] for row in rows if row.get("value") is not None]
+    if len(values) < 2:
+        return None
+    centre = sum(values) / len(values)
+    return math.sqrt(sum((v - centre) ** 2 for v in values) / (len(values) - 1))
+
+
+def _cells(results: Results) -> dict[tuple[str, str, str], list[Mapping[str, Any]]]:
+    cells: dict[tuple[str, str, str], list[Mapping[str, Any]]] = defaultdict(list)
+    for row in results.get("rows", []):
+        cells[row["method"], row["regime"], row["metric"]].append(row)
+    return cells
+
+
+def _methods(results: Results) -> list[str]:
+    listed = [m["method"] for m in results.get("methods", [])]
+    return list(dict.fromkeys([*listed, *(row["method"] for row in results.get("rows", []))]))
+
+
+def _control_of(results: Results, method: str) -> str:
+    return next((m.get("control_of") or "" for m in results.get("methods", []) if m["method"] == method), "")
+
+
+def _ordered(metrics: set[str]) -> list[str]:
+    return sorted(metrics, key=lambda m: (METRIC_ORDER.index(m) if m in METRIC_ORDER else 99, m))
+
+
+def _cell(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
+    value = mean(rows)
+    if not rows:
+        return {"value": "", "note": "", "raw": None, "best": False}
+    if value is None:
+        return {"value": "undefined", "note": str(rows[0].get("reason") or ""), "raw": None, "best": False}
+    return {"value": _number(value), "note": _spread_note(rows), "raw": value, "best": False}
+
+
+def _mark_best(rows: list[dict[str, Any]], metrics: list[str]) -> None:
+    for column, metric in enumerate(metrics):
+        values = [row["cells"][column]["raw"] for row in rows]
+        known = [v for v in values if v is not None]
+        if len(known) < 2:
+            continue
+        best = min(known) if metric in LOWER_IS_BETTER else max(known)
+        for row, value in zip(rows, values, strict=True):
+            row["cells"][column]["best"] = value == best
+
+
+def _spread_note(rows: list[Mapping[str, Any]]) -> str:
+    known = [row for row in rows if row.get("value") is not None]
+    sd = spread(known)
+    items = sorted({row.get("n") for row in known if row.get("n") is not None})
+    patients = sorted({row.get("n_patients") for row in known if row.get("n_patients") is not None})
+    parts = [f"sd {sd:.3f} over {len(known)} values" if sd is not None else "one value"]
+    if items:
+        parts.append(f"n {_range(items)}")
+    if patients:
+        parts.append(f"{_range(patients)} patients")
+    return ", ".join(parts)
+
+
+def _range(values: list[int]) -> str:
+    return f"{values[0]:,}" if len(values) == 1 else f"{values[0]:,} to {values[-1]:,}"
+
+
+def _parts(results: Results) -> list[Mapping[str, Any]]:
+    parts = results.get("splits", {}).get("parts", [])
+    return [p for p in parts if p.get("fold") == 0 and p.get("repeat") == 0]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _signed(value: float | None) -> str:
+    return "" if value is None else f"{value:+.3f}"
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else (f"{value:.3f}" if value >= 0.001 else "< .001")
+
+
+def _thousands(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else ""
+
+
+def _count(value: Any, word: str) -> str:
+    if not isinstance(value, int):
+        return f"an unknown number of {word}s"
+    return f"{value:,} {word}{'' if value == 1 else 's'}"

@@ -1,0 +1,102 @@
+"""A results file as `kladi evaluate` writes it, small and made by hand, for the tests of the report."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+NODES = ["CT/chest", "CT/head", "US/breast/benign", "US/breast/malignant"]
+THUMBNAIL = "data:image/png;base64,"
+THUMBNAIL += "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGOoBwAAggCBd81ytgAAAABJRU5ErkJggg=="
+
+
+def example(prefix: str = "") -> dict[str, Any]:
+    """Three methods, one split; `prefix` goes before every name that a stranger could have chosen."""
+    methods = [f"{prefix}label_tree", "random_encoder", "histogram"]
+    nodes = [prefix + node for node in NODES]
+    rows = []
+    for m, method in enumerate(methods):
+        for fold in range(3):
+            shared = {
+                "method": method, "dataset": "data", "fold": fold, "repeat": 0, "seed": 0, "label_fraction": 1.0,
+                "shift": None, "reason": None, "n": 40 + fold, "n_patients": 20, "config_digest": "c0",
+                "wall_seconds": 0.1, "cpu_seconds": 0.1,
+            }  # fmt: skip
+            for metric, value in (("balanced_accuracy", 0.8), ("hierarchical_f1", 0.85), ("mistake_severity", 1.4)):
+                rows.append({**shared, "regime": "probe", "metric": metric, "value": value - 0.1 * m + 0.01 * fold})
+            rows.append({**shared, "regime": "retrieval", "metric": "recall_at_5", "value": 0.9 - 0.2 * m})
+            rows.append(
+                {**shared, "regime": "probe", "metric": "auc", "value": None, "reason": f"{prefix}one class is absent"}
+            )
+    return {
+        "format": "kladi-results",
+        "version": 1,
+        "digest": "d" * 64,
+        "study": {
+            "name": f"{prefix}ward", "digest": "e" * 64, "command": f"kladi evaluate {prefix}runs/a", "margin": 0.01,
+            "primary_metric": "balanced_accuracy", "reference": "random_encoder", "family": [], "pretrain": "disjoint",
+        },
+        "provenance": {"kladi": "0.1.0", "python": "3.11", "packages": {"torch": "2"}, "threads": 2},
+        "data": {
+            "digest": "f" * 64, "taxonomy_digest": "a" * 64, "images": 120, "patients": 60, "sites": 0,
+            "labels": {node: [30, 15] for node in nodes}, "excluded": {f"{prefix}empty file": 2},
+            "warnings": [f"{prefix}14 images occur twice"],
+        },
+        "splits": {
+            "digest": "b" * 64, "kind": "folds", "folds": 3, "repeats": 1, "group": "patient",
+            "parts": [
+                {"fold": 0, "repeat": 0, "part": part, "images": 40, "patients": 20} for part in ("train", "val", "test")
+            ],
+        },
+        "methods": [
+            {
+                "method": method, "objective": "label_tree", "init": "scratch", "encoder": "resnet18", "width": 512,
+                "parameters": 11_000_000, "images_seen": 12_000, "epochs": 100, "labels_in_pretraining": 80,
+                "config_digest": "c0", "control_of": methods[0] if m else None,
+            }
+            for m, method in enumerate(methods)
+        ],
+        "rows": rows,
+        "comparisons": [
+            {
+                "method": methods[0], "reference": "random_encoder", "dataset": "data", "regime": "probe",
+                "metric": "balanced_accuracy", "pairs": 3, "zero_pairs": 0, "difference": 0.1, "interval": [0.02, 0.18],
+                "interval_kind": "patient bootstrap", "corrected_t_p": 0.04, "wilcoxon_p": 0.25, "least_p": 0.25,
+                "holm_p": 0.08, "rank_biserial": 1.0, "verdict": "leans better",
+            }
+        ],
+        "monitors": [
+            {"method": methods[0], "step": s, "metric": metric, "value": value}
+            for s in range(0, 100, 10)
+            for metric, value in (("std", 0.9 - s / 1000), ("effective_rank", 30.0 + s / 10))
+        ],
+        "diagnostics": [],
+        "figures": {
+            "confusion": {
+                "regime": "probe", "nodes": nodes, "depths": [2, 2, 3, 3],
+                "counts": [[20, 5, 1, 0], [4, 22, 0, 0], [0, 1, 18, 9], [0, 0, 7, 21]],
+            },
+            "severity": {"heights": [1, 2, 3], "counts": {methods[0]: [25, 2, 1], "random_encoder": [30, 20, 12]}},
+            "levels": {methods[0]: [0.95, 0.9, 0.8], "random_encoder": [0.7, 0.6, 0.4]},
+            "curves": [
+                {"step": s, "epoch": s // 10, "loss": 5 * math.exp(-s / 40), "lr": 1e-3,
+                 "hwc": 4 * math.exp(-s / 40), "grad_norm": 1.0, "idle": 0.02} for s in range(100)
+            ],
+            "cost": {},
+        },
+    }  # fmt: skip
+
+
+def example_map(prefix: str = "") -> dict[str, Any]:
+    """Forty points in two columns."""
+    n = 40
+    return {
+        "kind": "umap",
+        "points": [[math.cos(i), math.sin(i) + (i % 2)] for i in range(n)],
+        "columns": {
+            f"{prefix}modality": [f"{prefix}CT" if i % 2 else "US" for i in range(n)],
+            "level 2": ["" if i % 5 == 0 else NODES[i % 4] for i in range(n)],
+        },
+        "purity": {"modality": {"k": 10, "value": 0.93}},
+        "thumbnail": [0 if i % 3 else None for i in range(n)],
+    }

@@ -1,0 +1,158 @@
+"""The page: from results.json alone, offline, with hostile names inert, and alive in a real browser."""
+
+import json
+import re
+import shutil
+import stat
+
+import pytest
+
+from kladi.errors import UserError
+from kladi.report import figures, page, tables
+from results_example import THUMBNAIL, example, example_map
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+HOSTILE = [
+    "<script>window.pwned=1</script>",
+    "</script><script>window.pwned=1</script>",
+    "<img src=x onerror=window.pwned=1>",
+    '"><svg onload=window.pwned=1>',
+    "{{7*7}}",
+    "<a href='http://example.invalid/'>x</a>",
+    "]]>--><!--",
+    "javascript:window.pwned=1//",
+]
+
+
+def written(folder, prefix="", with_map=True):
+    (folder / "results.json").write_text(json.dumps(example(prefix)))
+    if with_map:
+        (folder / "map.json").write_text(json.dumps(example_map(prefix)))
+        (folder / "thumbnails.json").write_text(json.dumps([THUMBNAIL]))
+    return page.write(folder)
+
+
+def test_the_page_needs_only_results_json(tmp_path):
+    target = written(tmp_path, with_map=False)
+    html = target.read_text()
+    assert target.name == "report.html"
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+    assert "0.810" in html  # mean of .80 .81 .82
+    assert "sd 0.010 over 3 values, n 40 to 42, 20 patients" in html
+    assert "map.json is not beside results.json" in html
+    assert "leans better" in html
+
+
+def test_every_number_of_a_table_has_n_and_spread():
+    for regime in tables.regimes(example()):
+        for row in regime["rows"]:
+            for cell in row["cells"]:
+                assert cell["note"], f"{regime['name']}, {row['method']}: {cell['value']} stands alone"
+
+
+def test_an_undefined_value_is_said_with_its_reason():
+    assert any("one class is absent" in line and "(3 times)" in line for line in tables.not_run(example()))
+    cells = [cell for regime in tables.regimes(example()) for row in regime["rows"] for cell in row["cells"]]
+    assert {"undefined"} == {cell["value"] for cell in cells if cell["raw"] is None}
+
+
+def test_lower_is_best_where_it_is():
+    probe = tables.regimes(example())[0]
+    column = probe["metrics"].index("mistake severity (lower is better)")
+    best = [row["method"] for row in probe["rows"] if row["cells"][column]["best"]]
+    assert best == ["histogram"]
+
+
+def test_a_bare_results_file_draws_a_page_that_says_why_it_is_empty(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({"format": "kladi-results", "version": 1}))
+    html = page.write(tmp_path).read_text()
+    assert html.count('class="empty"') >= 8
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "damaged"),
+        ("[]", "no results file of kladi"),
+        ('{"format": "other"}', "no results file of kladi"),
+        ('{"format": "kladi-results", "version": 2}', "format version 2"),
+    ],
+)
+def test_foreign_files_are_refused_in_one_line(tmp_path, content, message):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        page.write(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_names_the_command(tmp_path):
+    with pytest.raises(UserError, match="kladi evaluate"):
+        page.write(tmp_path)
+
+
+def test_nothing_is_fetched(tmp_path):
+    html = written(tmp_path).read_text()
+    markup = re.sub(r"<script.*?</script>", "", html, flags=re.DOTALL)
+    targets = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'>]*)""", markup)
+    assert targets
+    assert all(t.startswith(("data:", "#")) for t in targets)
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', html)
+    assert policy is not None
+    assert policy.group(1).startswith("default-src &#39;none&#39;")
+    assert "unsafe-eval" not in policy.group(1)
+
+
+def test_lines_of_the_confusion_stand_where_the_top_of_the_path_changes():
+    figure = figures.all_figures(example(), None)["confusion"]
+    assert {shape["y0"] for shape in figure["layout"]["shapes"] if shape["x0"] == -0.5} == {1.5}
+    assert sum(sum(map(float, row)) for row in figure["data"][0]["z"]) == pytest.approx(4)  # rows are shares
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        )
+        yield chromium
+        chromium.close()
+
+
+def opened(browser, target):
+    """The page after its script has run, with every message and every request that it made."""
+    tab = browser.new_page(viewport={"width": 1280, "height": 1000})
+    errors, requests = [], []
+    tab.on("pageerror", lambda e: errors.append(str(e)))
+    tab.on("console", lambda m: errors.append(m.text) if m.type in {"error", "warning"} else None)
+    tab.on("request", lambda r: requests.append(r.url) if not r.url.startswith(("data:", target.as_uri())) else None)
+    tab.goto(target.as_uri())
+    tab.wait_for_selector("body[data-drawn=yes]", timeout=30_000)
+    return tab, errors, requests
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_a_browser_draws_it_without_error_or_request(browser, tmp_path):
+    tab, errors, requests = opened(browser, written(tmp_path))
+    assert (errors, requests) == ([], [])
+    assert tab.locator(".plot .main-svg").count() >= 7
+    tab.select_option("#colour", "level 2")
+    dot = tab.locator("#figure-map .scatterlayer .points path").first
+    dot.hover(force=True)
+    tab.wait_for_selector("#shown p:has-text('modality')", timeout=5_000)
+    tab.close()
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_hostile_names_are_inert(browser, tmp_path, hostile):
+    tab, errors, requests = opened(browser, written(tmp_path, prefix=hostile))
+    assert tab.evaluate("window.pwned") is None
+    assert (errors, requests) == ([], [])
+    assert hostile in tab.locator("h1").inner_text()  # shown as it is written, not hidden
+    assert "49" not in tab.locator("h1").inner_text()
+    tab.close()
