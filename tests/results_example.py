@@ -45,7 +45,8 @@ def example(prefix: str = "") -> dict[str, Any]:
         "splits": {
             "digest": "b" * 64, "kind": "folds", "folds": 3, "repeats": 1, "group": "patient",
             "parts": [
-                {"fold": 0, "repeat": 0, "part": part, "images": 40, "patients": 20} for part in ("train", "val", "test")
+                {"fold": 0, "repeat": 0, "part": part, "images": 40, "patients": 20}
+                for part in ("train", "val", "test")
             ],
         },
         "methods": [

@@ -232,8 +232,8 @@ def _mark_best(rows: list[dict[str, Any]], metrics: list[str]) -> None:
 def _spread_note(rows: list[Mapping[str, Any]]) -> str:
     known = [row for row in rows if row.get("value") is not None]
     sd = spread(known)
-    items = sorted({row.get("n") for row in known if row.get("n") is not None})
-    patients = sorted({row.get("n_patients") for row in known if row.get("n_patients") is not None})
+    items = sorted({row["n"] for row in known if row.get("n") is not None})
+    patients = sorted({row["n_patients"] for row in known if row.get("n_patients") is not None})
     parts = [f"sd {sd:.3f} over {len(known)} values" if sd is not None else "one value"]
     if items:
         parts.append(f"n {_range(items)}")
