@@ -1,0 +1,210 @@
+"""One function a verb: each prints what a user reads and returns the exit code. Torch comes in only where it is used."""
+
+from __future__ import annotations
+
+import fnmatch
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from kladi import __version__
+from kladi import config as settings
+from kladi.errors import UserError, suggestion
+
+WIDTH = 11
+"""Columns of the first word of a line, as in `images     12,430 readable`."""
+
+
+def check(data: Path, config: settings.Config, out: Path | None) -> int:
+    """Print everything that was found; 1 where there is an error."""
+    from kladi.data import load, summary
+
+    start = time.perf_counter()
+    inspection = load.inspect(data, config)
+    _head("check", str(data), summary.described(inspection))
+    for name, text in summary.lines(inspection, time.perf_counter() - start):
+        _line(name, text)
+    for name, text in summary.finding_lines(inspection.findings):
+        _line(name, text)
+    if out:
+        summary.write_csv(inspection.findings, out)
+        _line("wrote", str(out))
+    errors = len(inspection.errors())
+    warnings = sum(f.severity == "warning" for f in inspection.findings)
+    verdict = "not ready" if errors else "ready"
+    _line(f"{verdict}:", f"{_count(errors, 'error')}, {_count(warnings, 'warning')}", width=0)
+    if not errors:
+        _line("next", f"kladi plan {data}" + (f" --taxonomy {config.data.taxonomy}" if config.data.taxonomy else ""))
+    return 1 if errors else 0
+
+
+def plan(data: Path, out: Path, earlier: Path | None, given: Mapping[str, Any], smoke: bool) -> int:
+    """Write the plan, each key with its reason."""
+    from kladi import plan as planning
+    from kladi.data import load
+
+    kept = planning.changed_by_hand(earlier) if earlier else {}
+    given = {**kept, **given}
+    # Three channels first: only then can the fingerprint see whether there is colour.
+    looked = settings.override(settings.Config(), {**given, "intensity.channels": "3"})
+    dataset, _ = load.load(data, looked)
+    facts = planning.fingerprint(dataset)
+    config, reasons = planning.choose(facts, given)
+    _head(
+        "plan", f"{facts.images:,} images, {facts.patients:,} patients, {facts.leaves} labels", f"{facts.cores} cores"
+    )
+    if smoke:
+        dataset, _ = load.load(data, config)
+        proof = planning.smoke(dataset, config)
+        if "train.epochs" not in given and "train.epochs" not in reasons:
+            epochs, why = planning.epochs_for(facts, config, proof.seconds_a_step)
+            config = settings.override(config, {"train.epochs": epochs})
+            reasons["train.epochs"] = why
+    for key, reason in reasons.items():
+        section, name = key.split(".", 1)
+        _line(key, f"{_shown(getattr(getattr(config, section), name.split('.')[0])):<24} {reason}", width=26)
+    if facts.held_out_patients:
+        _line("held out", f"{facts.held_out_patients:,} patients, never seen in pretraining", width=26)
+    if smoke:
+        _line(
+            "smoke",
+            f"{planning.SMOKE_STEPS} steps: loss {proof.first_loss:.2f} -> {proof.last_loss:.2f}, finite, "
+            f"{proof.seconds_a_step:.2g} s a step",
+            width=26,
+        )
+    planning.write(config, reasons, out)
+    _line("wrote", f"{out}; next: kladi pretrain {data} --config {out} --out runs/a", width=0)
+    return 0
+
+
+def pretrain(data: Path, config: settings.Config, out: Path, *, resume: bool, force_unlock: bool, dry_run: bool) -> int:
+    """Train, or say what training would do."""
+    from kladi.data import load
+    from kladi.learn.fit import fit
+
+    dataset, inspection = load.load(data, config)
+    _head("pretrain", str(out), f"seed {config.train.seed}, no network")
+    _warnings(inspection.findings)
+    if dry_run:
+        what = f"train {config.encoder.name} on {_count(len(dataset), 'image')} with {config.objective.name}"
+        _line("would", f"{what}, and write {out}")
+        return 0
+    fit(dataset, config, out, resume=resume, force_unlock=force_unlock)
+    _line("wrote", f"{out}/model.safetensors ({config.encoder.name}, plain timm keys), metrics.jsonl")
+    _line("next", f"kladi evaluate {out} {data} --out {out}/eval")
+    return 0
+
+
+def embed(run: Path, data: Path, out: Path, overrides: Mapping[str, str]) -> int:
+    """Write embeddings.npz."""
+    from kladi.data import load
+    from kladi.evaluate.embed import embed as embedded
+    from kladi.models.backbones import load as load_encoder
+
+    encoder = load_encoder(run)
+    dataset, inspection = load.load(data, _run_config(run, overrides))
+    _head("embed", str(run), _count(len(dataset), "image"))
+    _warnings(inspection.findings)
+    out.mkdir(parents=True, exist_ok=True)
+    embedded(encoder, dataset).write(out / "embeddings.npz")
+    _line("wrote", f"{out}/embeddings.npz")
+    return 0
+
+
+def evaluate(run: Path, data: Path, out: Path, overrides: Mapping[str, str]) -> int:
+    """Measure, and draw the report."""
+    from kladi.data import load
+    from kladi.evaluate.evaluation import evaluate as measured
+    from kladi.report import page
+
+    config = _run_config(run, overrides)
+    dataset, inspection = load.load(data, config)
+    _head(
+        "evaluate",
+        str(run),
+        f"{_count(len(dataset), 'image')}, split by patient" if dataset.has_patients else "no patient ids",
+    )
+    _warnings(inspection.findings)
+    measured(run, dataset, config, out)
+    written = page.write(out, None)
+    _line("wrote", f"{out}/results.json, {written}")
+    return 0
+
+
+def report(path: Path, out: Path | None) -> int:
+    """Draw the page again."""
+    from kladi.report import page
+
+    _line("wrote", str(page.write(path, out)))
+    return 0
+
+
+def list_names(what: str, pattern: str) -> int:
+    """Print the names of a kind, one a line."""
+    kinds = ("objectives", "backbones", "metrics", "keys")
+    if what not in kinds:
+        raise UserError(f'list "{what}": one of {", ".join(kinds)}' + suggestion(what, kinds))
+    for name in _names(what):
+        if fnmatch.fnmatch(name, pattern):
+            _console().out(name, highlight=False)
+    return 0
+
+
+def _names(what: str) -> list[str]:
+    if what == "keys":
+        return settings.keys()
+    if what == "objectives":
+        from kladi.learn.objectives import PRESETS
+
+        return sorted(PRESETS)
+    if what == "backbones":
+        import timm
+
+        return timm.list_models()
+    from kladi.evaluate import metrics
+
+    return sorted(name for name in dir(metrics) if not name.startswith("_") and callable(getattr(metrics, name)))
+
+
+def _run_config(run: Path, overrides: Mapping[str, str]) -> settings.Config:
+    """The settings of the run's training, with the user's on top; the intensity pipeline stays the run's."""
+    file = run / "config.toml"
+    if not file.is_file():
+        raise UserError(f"{run} is not a run: it holds no config.toml")
+    frozen = [key for key in overrides if key.startswith("intensity.")]
+    if frozen:
+        raise UserError(f"--{frozen[0]} cannot change after training: the encoder carries its intensity pipeline")
+    return settings.override(settings.read(file), overrides)
+
+
+def _console() -> Console:
+    return Console(file=sys.stdout, highlight=False, markup=False, soft_wrap=True)
+
+
+def _head(verb: str, what: str, more: str) -> None:
+    _console().out(f"kladi {__version__}  {verb}  {what}  ({more})", highlight=False)
+
+
+def _line(name: str, text: str, width: int = WIDTH) -> None:
+    _console().out(f"{name:<{width}}{'' if len(name) < width else ' '}{text}", highlight=False)
+
+
+def _warnings(findings: Any) -> None:
+    """Warnings and left-out files on stderr, where messages go."""
+    from kladi.data import summary
+
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    for name, text in summary.finding_lines([f for f in findings if f.severity != "error"]):
+        console.out(f"{name:<{WIDTH}}{text}", highlight=False)
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,197 @@
+"""DATA as a user names it -> `Dataset`: read, check, decode once, join. Faults are collected before any is raised."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from jaxtyping import Int, UInt64
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from kladi import config as settings
+from kladi.data import checks, manifest, philox, store
+from kladi.data.dataset import HELD_OUT, TEST, TRAIN, VAL, Dataset
+from kladi.data.findings import Finding
+from kladi.data.manifest import Manifest
+from kladi.data.store import Store
+from kladi.errors import UserError
+from kladi.structure.labelset import LabelSets
+from kladi.structure.taxonomy import Taxonomy
+
+HELD_OUT_SHARE = 0.3
+SHOWN_COLUMNS = ("modality", "anatomy", "laterality", "view", "device", "site", "source")
+"""Columns that a report may colour by: facts of the acquisition, never free text about a person."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All that was found out about DATA. `findings` come in the order manifest, taxonomy, pixels, joined rows."""
+
+    manifest: Manifest
+    taxonomy: Taxonomy | None
+    store: Store | None
+    findings: tuple[Finding, ...]
+
+    def errors(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.severity == "error"]
+
+
+def load(data: str | Path, config: settings.Config) -> tuple[Dataset, Inspection]:
+    """The joined data set, and what was found on the way.
+
+    Raises:
+        UserError: the data cannot be trained on; the message lists every error.
+    """
+    inspection = inspect(data, config)
+    errors = inspection.errors()
+    if errors:
+        raise UserError("\n".join(finding.message for finding in errors[:20]))
+    return join(inspection, config), inspection
+
+
+def inspect(data: str | Path, config: settings.Config) -> Inspection:
+    """Read the manifest, check it, decode every image into the store; collect the faults instead of raising them."""
+    rows = manifest.read(data, config.data)
+    taxonomy, tree_findings = _taxonomy(rows, config.data)
+    findings = [*rows.findings, *tree_findings, *checks.check(rows, config.data, taxonomy)]
+    built, pixel_findings = store.build(
+        [rows.root / path for path in rows.table["path"]],
+        rows.table["frame"].to_list(),
+        config.intensity,
+        store_folder(config.data),
+        rows=rows.table["row"].to_list(),
+        config=config.data,
+    )
+    findings += pixel_findings
+    left_out = {row for f in pixel_findings if f.severity == "left out" for row in f.rows}
+    if rows.table.height and len(left_out) / rows.table.height > config.data.max_left_out:
+        share = len(left_out) / rows.table.height
+        message = (
+            f"{len(left_out)} of {rows.table.height} images cannot be read ({share:.0%}), "
+            f"more than --data.max_left_out {config.data.max_left_out}"
+        )
+        findings.append(Finding("M5", "error", message, tuple(sorted(left_out))))
+    inspection = Inspection(rows, taxonomy, built, tuple(findings))
+    if not inspection.errors():
+        findings += _leaks(join(inspection, config), config.data)
+    return Inspection(rows, taxonomy, built, tuple(findings))
+
+
+def join(inspection: Inspection, config: settings.Config) -> Dataset:
+    """Manifest rows that have pixels, as integers: the border behind which no text travels."""
+    pixels, taxonomy = inspection.store, inspection.taxonomy
+    if pixels is None or len(pixels) == 0:
+        raise UserError("no image could be read")
+    table = inspection.manifest.table[pixels.source.tolist()]
+    label_sets = None
+    names = inspection.manifest.metadata
+    if names:
+        label_sets = LabelSets.from_columns({name: table[name].to_list() for name in names})
+    patients = table["patient"]
+    group = patient_groups(patients, pixels.pixel_digest)
+    return Dataset(
+        store=pixels,
+        row_id=pixels.row_id,
+        manifest_row=table["row"].to_numpy().astype(np.int64),
+        group=group,
+        split=_splits(table["split"], group, pixels.row_id, config.train.seed),
+        taxonomy=taxonomy,
+        target=_targets(table["label"], taxonomy),
+        label_sets=label_sets,
+        columns=_columns(table, names),
+        has_patients=patients.null_count() < len(patients),
+    )
+
+
+def store_folder(data: settings.Data) -> Path:
+    """Where decoded pixels are kept: `data.store`, else the user's cache folder. Never beside the data."""
+    if data.store:
+        return Path(data.store)
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "kladi" / "store"
+
+
+def patient_groups(patients: pl.Series, pixel_digest: UInt64[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """Connected components of "same patient" and "same decoded pixels", as 0..G-1 in order of first appearance.
+
+    A blank patient id joins nothing by itself: such a row is its own group unless its pixels occur elsewhere.
+    """
+    n = len(patients)
+    rows = np.arange(n)
+    known = np.flatnonzero(patients.is_not_null().to_numpy())
+    codes = np.unique(patients.gather(known).to_numpy().astype(str), return_inverse=True)[1] if len(known) else known
+    pixels = np.unique(pixel_digest, return_inverse=True)[1]
+    # A bipartite graph: rows on one side, patients and pixel digests on the other.
+    left = np.concatenate([known, rows])
+    right = np.concatenate([n + codes, n + n + pixels])
+    graph = coo_matrix((np.ones(len(left), dtype=bool), (left, right)), shape=(3 * n, 3 * n))
+    component = connected_components(graph, directed=False)[1][:n]
+    _, first, inverse = np.unique(component, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[inverse].astype(np.int64)
+
+
+def _taxonomy(rows: Manifest, data: settings.Data) -> tuple[Taxonomy | None, list[Finding]]:
+    """The tree of the file, else the one that the labels' slash paths spell."""
+    if data.taxonomy:
+        tree = Taxonomy.read(data.taxonomy)
+    else:
+        labels = rows.table["label"].drop_nulls().unique().sort().to_list()
+        if not labels:
+            return None, []
+        tree = Taxonomy.from_paths(labels)
+    return tree, [Finding("T2", "warning", text, ()) for text in tree.findings]
+
+
+def _targets(labels: pl.Series, taxonomy: Taxonomy | None) -> Int[np.ndarray, " n"]:
+    target = np.full(len(labels), -1, dtype=np.int64)
+    if taxonomy is not None:
+        known = labels.is_not_null().to_numpy()
+        names, inverse = np.unique(labels.drop_nulls().to_numpy().astype(str), return_inverse=True)
+        target[known] = taxonomy.index([str(name) for name in names])[inverse] if len(names) else []
+    return target
+
+
+def _splits(
+    split: pl.Series, group: Int[np.ndarray, " n"], row_id: UInt64[np.ndarray, " n"], seed: int
+) -> Int[np.ndarray, " n"]:
+    """The manifest's split; where it has none at all, about 30 % of the patients are held out, by counter-based draw.
+
+    A row without a split in a manifest that has them is a training row.
+    """
+    if split.null_count() < len(split):
+        parts = {"train": TRAIN, "val": VAL, "test": TEST}
+        return np.array([parts.get(name, TRAIN) for name in split], dtype=np.int64)
+    # Each patient is drawn by its least row id, so that adding rows of others moves nobody.
+    least = np.full(int(group.max()) + 1, np.iinfo(np.uint64).max, dtype=np.uint64)
+    np.minimum.at(least, group, row_id)
+    drawn = philox.uniform(seed, "split", least, 0, 0, 0)
+    order = np.argsort(drawn, kind="stable")
+    held_out = np.zeros(len(least), dtype=bool)
+    held_out[order[: round(HELD_OUT_SHARE * len(least))]] = True
+    return np.where(held_out[group], HELD_OUT, TRAIN).astype(np.int64)
+
+
+def _columns(table: pl.DataFrame, metadata: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    names = [name for name in dict.fromkeys([*metadata, *SHOWN_COLUMNS]) if name in table.columns]
+    return {name: tuple(table[name].fill_null("").to_list()) for name in names}
+
+
+def _leaks(dataset: Dataset, data: settings.Data) -> list[Finding]:
+    """Groups (patients, identical pixels) that stand in two splits."""
+    least = np.full(int(dataset.group.max()) + 1, 9)
+    most = np.full_like(least, -1)
+    np.minimum.at(least, dataset.group, dataset.split)
+    np.maximum.at(most, dataset.group, dataset.split)
+    leaking = np.flatnonzero(least != most)
+    if not len(leaking):
+        return []
+    rows = tuple(int(r) for r in np.sort(dataset.manifest_row[np.isin(dataset.group, leaking)]))
+    severity = "warning" if data.allow_leak else "error"
+    message = (
+        f"{len(leaking)} patients or identical images stand in two splits; move the rows, or remove the column split"
+    )
+    return [Finding("M16", severity, message, rows)]

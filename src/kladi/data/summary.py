@@ -1,0 +1,119 @@
+"""What `kladi check` says: the data in a few lines, then every finding with its rows."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kladi import config as settings
+from kladi.data.dataset import HELD_OUT, TEST, TRAIN, VAL, Dataset
+from kladi.data.findings import Finding, line
+from kladi.data.load import Inspection, join
+
+Lines = Iterator[tuple[str, str]]
+SHOWN = 20
+"""Findings of one severity that are listed; the rest is counted."""
+RARE_PATIENTS = 5
+
+
+def described(inspection: Inspection) -> str:
+    """`UTF-8, comma, 12,480 rows`."""
+    facts = [str(v) for k, v in inspection.manifest.described.items() if k in {"kind", "encoding", "dialect"} and v]
+    return ", ".join([*facts, f"{inspection.manifest.table.height:,} rows"])
+
+
+def lines(inspection: Inspection, seconds: float) -> Lines:
+    """The data in a few lines: columns, images, patients, splits, labels, structure."""
+    manifest, store = inspection.manifest, inspection.store
+    aliases = manifest.described.get("aliases") or {}
+    named = [f"{role} <- {column}" for role, column in aliases.items()]
+    metadata = [f"metadata <- {', '.join(manifest.metadata)}"] if manifest.metadata else []
+    if named or metadata:
+        yield "columns", "   ".join([*named, *metadata])
+    if store is None or len(store) == 0:
+        yield "images", "none readable"
+        return
+    facts = [f"{count:,} {name}" for counts in store.facts.values() for name, count in counts.items()]
+    rate = f"{seconds:.0f} s on {os.cpu_count()} cores"
+    yield (
+        "images",
+        f"{len(store):,} readable, {rate}: {', '.join(facts)}" if facts else f"{len(store):,} readable, {rate}",
+    )
+    if not inspection.errors():
+        yield from _joined(join(inspection, settings.Config()))
+
+
+def finding_lines(findings: Sequence[Finding]) -> Lines:
+    """Skipped, left out, warnings (W1, W2, ...), errors (E1, E2, ...): each list headed by its name once."""
+    for severity, name, letter in (
+        ("skipped", "skipped", ""),
+        ("left out", "left out", ""),
+        ("warning", "warnings", "W"),
+        ("error", "errors", "E"),
+    ):
+        chosen = [finding for finding in findings if finding.severity == severity]
+        for i, finding in enumerate(chosen[:SHOWN]):
+            number = f"{letter}{i + 1} " if letter else ""
+            yield (name if i == 0 else ""), number + line(finding)
+        if len(chosen) > SHOWN:
+            yield "", f"and {len(chosen) - SHOWN:,} more"
+
+
+def write_csv(findings: Iterable[Finding], path: Path) -> None:
+    """Every finding and row, for a spreadsheet; a text that it would run as a formula gets a leading quote."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["severity", "code", "row", "message"])
+    for finding in findings:
+        message = f"'{finding.message}" if finding.message[:1] in "=+-@\t\r" else finding.message
+        for row in finding.rows or ("",):
+            writer.writerow([finding.severity, finding.code, row, message])
+    path.write_text(out.getvalue(), encoding="utf-8")
+
+
+def _joined(dataset: Dataset) -> Lines:
+    sizes = np.bincount(dataset.group)
+    if dataset.has_patients:
+        yield "patients", f"{len(sizes):,}, with {sizes.min()}-{sizes.max()} images, median {int(np.median(sizes))}"
+    else:
+        yield "patients", f"no patient ids: {len(sizes):,} groups of identical images stand in for patients"
+    names = {TRAIN: "train", VAL: "val", TEST: "test", HELD_OUT: "held out"}
+    parts = Counter(names[s] for s in dataset.split.tolist())
+    yield "splits", ", ".join(f"{name} {count:,}" for name, count in parts.items())
+    if dataset.taxonomy is not None:
+        yield "labels", _labels(dataset)
+    if dataset.label_sets is not None:
+        yield "metadata", _coverage(dataset)
+
+
+def _labels(dataset: Dataset) -> str:
+    tree, labelled = dataset.taxonomy, dataset.target >= 0
+    if tree is None or not labelled.any():
+        return "none"
+    nodes, counts = np.unique(dataset.target[labelled], return_counts=True)
+    depths = tree.depth[nodes]
+    rare = int(nodes[np.argmin(counts)])
+    patients = len(np.unique(dataset.group[dataset.target == rare]))
+    depth = f"depth {depths.min()}-{depths.max()}" if depths.min() != depths.max() else f"depth {depths.max()}"
+    return (
+        f"{labelled.sum():,} images ({labelled.mean():.0%}) on {len(nodes)} labels, {depth}; "
+        f"rarest {tree.names[rare]}, {counts.min()} image{'s' if counts.min() > 1 else ''} of {patients} patients"
+    )
+
+
+def _coverage(dataset: Dataset) -> str:
+    """Share of rows that know each attribute, and how many values it has."""
+    sets = dataset.label_sets
+    if sets is None:
+        return "none"
+    known = sets.known.mean(axis=0)
+    values = Counter(attribute for attribute, _ in sets.labels)
+    return ", ".join(
+        f"{name} {share:.0%} known, {values[name]} values" for name, share in zip(sets.attributes, known, strict=True)
+    )

@@ -1,0 +1,117 @@
+"""The command line: a mistake is at most three lines on stderr, exit 2, no traceback, and nothing is written."""
+
+import pytest
+
+from kladi import cli, toy
+
+
+@pytest.fixture(scope="module")
+def ward(tmp_path_factory):
+    """Sixty generated images of twenty patients with a label tree and metadata."""
+    folder = tmp_path_factory.mktemp("ward")
+    toy.write(folder, 60, size=24, seed=0)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path, monkeypatch):
+    """The store and the key go to a folder of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.chdir(tmp_path)
+
+
+def said(capsys, *arguments):
+    code = cli.main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["pretrian", "x"], ["pretrian", "pretrain"]),
+        (["pretrain", "x"], ["--out"]),
+        (
+            ["pretrain", "x", "--out", "o", "--train.epoch", "3"],
+            ["--train.epoch is not a key", "closest: --train.epochs"],
+        ),
+        (["pretrain", "x", "--out", "o", "--train.epochs", "many"], ["many", "whole number"]),
+        (["pretrain", "x", "--out", "o", "--train.epochs"], ["--train.epochs lacks its value"]),
+        (["pretrain", "x", "--out", "o", "--epochs", "3"], ["--epochs is no option"]),
+        (["pretrain", "x", "y", "--out", "o"], ['"y" is one argument too many']),
+        (["pretrain", "absent.csv", "--out", "o"], ["absent.csv"]),
+        (["check", "absent"], ["absent"]),
+        (["plan", "absent.csv"], ["absent.csv"]),
+        (["embed", "absent", "absent.csv", "--out", "o"], ["absent"]),
+        (["evaluate", "absent", "absent.csv", "--out", "o"], ["absent"]),
+        (["report", "absent"], ["absent", "kladi evaluate"]),
+        (["list", "objektives"], ["objectives"]),
+        (["pretrain", "x", "--out", "o", "--config", "absent.toml"], ["absent.toml"]),
+        (["check", "x", "--taxonomy"], ["--taxonomy"]),
+    ],
+)
+def test_x6_a_mistake_is_one_line_and_exit_2(capsys, tmp_path, arguments, words):
+    before = sorted(p for p in tmp_path.rglob("*") if p.is_file())
+    code, out, err = said(capsys, *arguments)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("kladi: ")
+    assert 1 <= len(err.strip().splitlines()) <= 3
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err
+    assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == before
+
+
+@pytest.mark.parametrize("verb", ["check", "plan", "pretrain", "embed", "evaluate", "report", "list"])
+def test_help_answers_with_an_example_first(capsys, verb):
+    code, out, _ = said(capsys, verb, "--help")
+    assert code == 0
+    assert f"Example: kladi {verb}" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("what", ["objectives", "backbones", "metrics", "keys"])
+def test_list_names_what_there_is(capsys, what):
+    code, out, _ = said(capsys, "list", what)
+    known = {"objectives": "label_tree", "backbones": "resnet18", "metrics": "hierarchical_f1", "keys": "train.epochs"}
+    assert code == 0
+    assert known[what] in out.split()
+
+
+def test_dry_run_writes_nothing(capsys, ward, tmp_path):
+    code, out, _ = said(capsys, "pretrain", ward / "manifest.csv", "--out", tmp_path / "run", "--dry-run")
+    assert code == 0
+    assert "would" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_lists_faults_and_answers_1(capsys, ward, tmp_path):
+    text = (ward / "manifest.csv").read_text()
+    bad = ward / "bad.csv"
+    lines = text.splitlines()
+    bad.write_text(
+        "\n".join([*lines, lines[1].replace(",train", ",trian")]) + "\nabsent.png" + "," * lines[0].count(",")
+    )
+    code, out, _ = said(capsys, "check", bad)
+    bad.unlink()
+    assert code == 1
+    assert "not ready" in out
+
+
+@pytest.mark.slow
+def test_the_whole_job(capsys, ward, tmp_path):
+    """check, plan, pretrain, embed, evaluate, report: the README's five lines on generated images."""
+    manifest, run = ward / "manifest.csv", tmp_path / "run"
+    small = ["--intensity.size", "16", "--encoder.name", "resnet10t", "--train.epochs", "2", "--train.batch", "16"]
+    assert said(capsys, "check", manifest)[0] == 0
+    code, out, _ = said(capsys, "plan", manifest, "--out", tmp_path / "plan.toml", *small)
+    assert code == 0
+    assert "yours" in out
+    assert said(capsys, "pretrain", manifest, "--config", tmp_path / "plan.toml", "--out", run)[0] == 0
+    assert said(capsys, "pretrain", manifest, "--config", tmp_path / "plan.toml", "--out", run)[0] == 2  # not empty
+    assert said(capsys, "embed", run, manifest, "--out", tmp_path / "embedded")[0] == 0
+    assert said(capsys, "evaluate", run, manifest, "--out", tmp_path / "eval")[0] == 0
+    page = (tmp_path / "eval" / "report.html").read_bytes()
+    assert said(capsys, "report", tmp_path / "eval")[0] == 0
+    assert len((tmp_path / "eval" / "report.html").read_bytes()) == len(page)
