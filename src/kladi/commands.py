@@ -1,4 +1,4 @@
-"""One function a verb: each prints what a user reads and returns the exit code. Torch comes in only where it is used."""
+"""One function a verb: each prints what a user reads and returns its exit code. Torch is imported where it is used."""
 
 from __future__ import annotations
 
@@ -49,14 +49,13 @@ def plan(data: Path, out: Path, earlier: Path | None, given: Mapping[str, Any], 
 
     kept = planning.changed_by_hand(earlier) if earlier else {}
     given = {**kept, **given}
-    # Three channels first: only then can the fingerprint see whether there is colour.
-    looked = settings.override(settings.Config(), {**given, "intensity.channels": "3"})
-    dataset, _ = load.load(data, looked)
+    dataset, inspection = load.load(data, settings.override(settings.Config(), given))
     facts = planning.fingerprint(dataset)
     config, reasons = planning.choose(facts, given)
     _head(
         "plan", f"{facts.images:,} images, {facts.patients:,} patients, {facts.leaves} labels", f"{facts.cores} cores"
     )
+    _warnings(inspection.findings)
     if smoke:
         dataset, _ = load.load(data, config)
         proof = planning.smoke(dataset, config)
