@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import csv
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float64, Int, UInt8
 from PIL import Image
+from typing_extensions import override
 
 from kladi.data.dataset import HELD_OUT, TRAIN, Dataset
 from kladi.data.intensity import fit, store_side
@@ -50,6 +52,7 @@ class Pictures:
 class ArrayStore(Store):
     """A store whose pixels lie in memory."""
 
+    @override
     def gather(self, index: Int[np.ndarray, " b"]) -> UInt8[np.ndarray, "b C S S"]:
         return self.images[index]
 
@@ -186,7 +189,7 @@ def _row_id(squares: UInt8[np.ndarray, "n C S S"]) -> np.ndarray:
     return np.array([int.from_bytes(hashlib.sha256(s.tobytes()).digest()[:8], "big") for s in squares], dtype=np.uint64)
 
 
-def _write_csv(path: Path, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _write_csv(path: Path, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(header)
