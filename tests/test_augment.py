@@ -435,6 +435,8 @@ def test_channels_that_do_not_fit_are_refused() -> None:
     images, extent = squares(2, 16, 3)
     with pytest.raises(ValueError, match=r"images have 3 channels, intensity.channels is 1"):
         augment.plain(images, extent, intensity(16))
+    with pytest.raises(ValueError, match=r"intensity.std has 2 values for 3 channels; give 1 or all"):
+        augment.plain(images, extent, intensity(16, 3, std=(1.0, 1.0)))
 
 
 # --- bits depend on the sample alone ------------------------------------------------------------------------------
@@ -455,9 +457,12 @@ def test_bits_do_not_depend_on_the_batch(size: int, channels: int) -> None:
         assert torch.equal(views(index), together[torch.from_numpy(index)])
 
 
-@pytest.mark.parametrize(("size", "channels", "count"), [(64, 1, 50), (30, 3, 41), (224, 3, 2)])
-def test_bits_do_not_depend_on_the_number_of_threads(size: int, channels: int, count: int) -> None:
-    images, extent = squares(count, -(-size * 8 // 7), channels)
+@pytest.mark.parametrize(
+    ("size", "channels", "count", "dtype"),
+    [(64, 1, 50, np.uint8), (64, 1, 11, np.uint16), (30, 3, 41, np.uint8), (224, 3, 2, np.uint16)],
+)
+def test_bits_do_not_depend_on_the_number_of_threads(size: int, channels: int, count: int, dtype: type) -> None:
+    images, extent = squares(count, -(-size * 8 // 7), channels, dtype)
     drawn = augment.draw(COLOUR if channels == 3 else EVERYTHING, 0, 0, rows(count), 0)
     before = torch.get_num_threads()
     try:

@@ -150,3 +150,8 @@ def test_epoch_order_moves_no_row_when_others_come_go_or_are_listed_otherwise() 
     assert np.array_equal(shuffled[philox.epoch_order(3, 5, shuffled)], order)
     kept = ROWS[::3]
     assert np.array_equal(kept[philox.epoch_order(3, 5, kept)], order[np.isin(order, kept)])
+
+
+def test_equal_words_are_ordered_by_row_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(philox, "words", lambda *_: np.zeros((len(ROWS), 4), dtype=np.uint32))
+    assert np.array_equal(ROWS[philox.epoch_order(0, 0, ROWS)], np.sort(ROWS))

@@ -181,11 +181,17 @@ def apply(
         intensity: size, mean and std of the encoder's input.
 
     Raises:
-        ValueError: saturation or hue on other than 3 channels; images of another number of channels than `intensity`.
+        ValueError: saturation or hue on other than 3 channels; images of another number of channels than `intensity`;
+            a mean or std of neither one value nor one a channel.
     """
     pixels = images if isinstance(images, Tensor) else torch.from_numpy(np.require(images, requirements="W"))
     if pixels.shape[1] != intensity.channels:
         raise ValueError(f"images have {pixels.shape[1]} channels, intensity.channels is {intensity.channels}")
+    for name, values in (("mean", intensity.mean), ("std", intensity.std)):
+        if len(values) not in (1, intensity.channels):
+            raise ValueError(
+                f"intensity.{name} has {len(values)} values for {intensity.channels} channels; give 1 or all"
+            )
     count, channels, size = len(pixels), pixels.shape[1], intensity.size
     out = torch.empty((count, channels, size, size), dtype=torch.float32, device=pixels.device)
     mean, std = (
