@@ -91,9 +91,9 @@ def normals(
 ) -> Float32[np.ndarray, "n {count}"]:
     """`count` standard normals a row, for noise over the pixels of an image.
 
-    Each is the normal quantile of a random 16-bit index: 65,536 equally likely values between -4.33 and 4.33, seven times
-    as fast as Box and Muller. The tails beyond are missing, which no image can tell. Draws past 2^16 go on in streams
-    "stream/1", "stream/2", ...
+    Each is the normal quantile of a random 16-bit index: 65,536 equally likely values between -4.33 and 4.33, seven
+    times as fast as Box and Muller. The tails beyond are missing, which no image can tell. Draws past 2^16 go on in
+    streams "stream/1", "stream/2", ...
     """
     table = _quantiles()
     blocks = -(-count // NORMALS_A_BLOCK)
