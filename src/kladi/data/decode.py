@@ -12,7 +12,7 @@ import numpy as np
 
 from kladi import config as settings
 from kladi.data import raster, signature
-from kladi.data.frame import Frame, Limits, Opened, Unreadable
+from kladi.data.frame import MIN_SIDE, Frame, Limits, Opened, Unreadable
 from kladi.data.intensity import Integers, luminance, widen
 
 LARGEST_FILE = 4 << 30
@@ -24,7 +24,7 @@ class Decoded:
     """One image, in [0, 1] as integers.
 
     pixels: uint8 (/255) or uint16 (/65535), [C, H, W], C as the pipeline asks, size as in the file (a large JPEG may
-        have been decoded at 1/2, 1/4 or 1/8, never below twice the stored side).
+        have been decoded at 1/2, 1/4 or 1/8, never below three times the stored side).
     colour: whether the channels of the file differ anywhere.
     blank: whether every channel is constant.
     window: which rule made [0, 1] of the stored values.
@@ -145,7 +145,7 @@ def read_frame(opened: Opened, frame: int, intensity: settings.Intensity) -> Dec
     if frame < 0:
         index = opened.default
         if opened.frames > 1:
-            notes = (*notes, ("I11", f'{index + 1} of {opened.frames} frames is read; --data.frames "all" reads each'))
+            notes = (*notes, ("I11", f'frame {index + 1} of {opened.frames} is read; --data.frames "all" reads each'))
     elif frame >= opened.frames:
         raise Unreadable(f"frame {frame} does not exist: the file has {opened.frames}", "I11")
     try:
@@ -154,6 +154,9 @@ def read_frame(opened: Opened, frame: int, intensity: settings.Intensity) -> Dec
         raise
     except Exception as error:
         raise Unreadable(f"damaged {opened.kind} ({type(error).__name__})", "I13") from error
+    shape = picture.pixels.shape
+    if len(shape) not in (2, 3) or min(shape[:2]) < MIN_SIDE or shape[2:] not in ((), (3,)):
+        raise Unreadable(f"damaged {opened.kind}: decoded to an array of shape {shape}", "I13")
     return finish(picture, intensity, notes)
 
 

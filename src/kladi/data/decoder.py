@@ -1,7 +1,7 @@
 """Decoding in child processes: a decoder that crashes, or runs wild on a hostile file, takes that one file with it.
 
 Each child answers over its own pipe, in order, one frame after another, so the file that killed it is known: it is the
-first one without an answer. Requests and answers are one JSON line each, an answer followed by the pixels as raw bytes.
+first one without an answer. Questions and answers are one JSON line each, an answer followed by the pixels as bytes.
 Plain subprocesses instead of `multiprocessing`, because that runs the user's script again in each child (a script
 without a main guard would start itself for ever), sends pickles, and cannot say which file broke the pool.
 """
@@ -266,10 +266,10 @@ def _pipe(pipe: Any) -> BinaryIO:
 def serve() -> None:
     """A child's life: read the pipeline, say ready, then answer jobs until the parent closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer; it ends us by closing the pipe
-    requests = sys.stdin.buffer
+    asked = sys.stdin.buffer
     # Decoders written in C print to descriptor 1 and 2, sometimes bits of the file: keep both away from the answers.
     answers = os.fdopen(os.dup(1), "wb")
-    hello = json.loads(requests.readline())
+    hello = json.loads(asked.readline())
     intensity = _intensity(hello["intensity"])
     limits = Limits(**hello["limits"])
     answers.write(b"ready\n")
@@ -278,7 +278,7 @@ def serve() -> None:
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
     open_path, opened = "", None
-    for line in requests:
+    for line in asked:
         path, frame = json.loads(line)
         if path != open_path:
             opened = _open(path, intensity, limits)

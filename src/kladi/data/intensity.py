@@ -117,11 +117,11 @@ def from_any_range(
         values = np.where(finite, values, 0.0)
     known = values if finite is None else values[finite]
     if intensity.window == "fixed":
-        unit, rule = linear_exact(values, intensity.center, intensity.width), "fixed"
+        unit, rule = linear_exact(values, float(intensity.center), float(intensity.width)), "fixed"
     elif bounds is None and x.dtype.kind == "f" and known.size and known.min() >= 0.0 and known.max() <= 1.0:
         unit, rule = values, "full range"
     else:
-        low, high = bounds or percentile_bounds(values, finite, intensity.low, intensity.high)
+        low, high = bounds or percentile_bounds(values, finite, float(intensity.low), float(intensity.high))
         unit, rule = between(values, low, high), "percentile"
     if finite is not None:
         unit = np.where(finite, unit, 0.0)
