@@ -175,7 +175,7 @@ def recall_at_k(z: Tensor, true: Sequence[int], k: int, groups: Sequence[Hashabl
 
 
 def embed(z: Tensor, geometry: str, c: float = 0.1, clip: float = 2.3) -> Tensor:
-    norm = math.sqrt(sum(float(v) ** 2 for v in z))
+    norm = math.sqrt(sum(v**2 for v in z.tolist()))
     if norm == 0:
         return z * 0
     if geometry == "sphere":
@@ -187,7 +187,7 @@ def embed(z: Tensor, geometry: str, c: float = 0.1, clip: float = 2.3) -> Tensor
 
 def distance(x: Tensor, y: Tensor, geometry: str, c: float = 0.1) -> Tensor:
     square = ((x - y) ** 2).sum()
-    if float(square) == 0:
+    if square.item() == 0:
         return square
     if geometry == "sphere":
         return square.sqrt()
@@ -220,7 +220,7 @@ def step(start: Tensor, end: Tensor, t: float, geometry: str, c: float = 0.1) ->
         return mixed / (mixed * mixed).sum().sqrt()
     way = mobius_add(-start, end, c)
     length = (way * way).sum().sqrt()
-    if float(length) == 0:
+    if length.item() == 0:
         return start
     root = math.sqrt(c)
     return mobius_add(start, torch.tanh(t * torch.atanh(root * length)) * way / (root * length), c)

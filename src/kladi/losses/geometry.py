@@ -190,20 +190,22 @@ class PoincareBall:
 
     def distances(self, x: Float[Tensor, "n D"], y: Float[Tensor, "m D"], exact: bool = False) -> Float[Tensor, "n m"]:
         """Hyperbolic distances of all pairs; `exact` as in `squared_distances`."""
-        return self._from_square(squared_distances(x, y, exact), self._gamma(x), self._gamma(y).T)
+        gamma = self.gamma(x) * self.gamma(y).T
+        return self.from_chord(squared_distances(x, y, exact).sqrt() * gamma)
 
     def distance(self, x: Float[Tensor, "*n D"], y: Float[Tensor, "*n D"]) -> Float[Tensor, "*n"]:
         """Hyperbolic distance of each row of `x` to the same row of `y`."""
-        return self._from_square(_row_square(x, y), self._gamma(x).squeeze(-1), self._gamma(y).squeeze(-1))
+        gamma = (self.gamma(x) * self.gamma(y)).squeeze(-1)
+        return self.from_chord(_row_square(x, y).sqrt() * gamma)
 
-    def _gamma(self, x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n 1"]:
+    def gamma(self, x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n 1"]:
+        """`(1 - c ||x||^2)^(-1/2)`: how much the ball stretches chords that end in x."""
         return (1 - self.curvature * _squared_norm(x)).rsqrt()
 
-    def _from_square(
-        self, square: Float[Tensor, "*pairs"], gamma_x: Float[Tensor, "*#pairs"], gamma_y: Float[Tensor, "*#pairs"]
-    ) -> Float[Tensor, "*pairs"]:
+    def from_chord(self, u: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
+        """`(2 / sqrt(c)) asinh(sqrt(c) u)` of `u = ||x - y|| gamma(x) gamma(y)`."""
         root = math.sqrt(self.curvature)
-        return (2 / root) * torch.asinh(root * square.sqrt() * gamma_x * gamma_y)
+        return (2 / root) * torch.asinh(root * u)
 
     def moments(self, x: Float[Tensor, "n D"]) -> tuple[Float[Tensor, "n D"], Float[Tensor, " n"]]:
         """`2x / (1 - c ||x||^2)` and `(1 + c ||x||^2) / (1 - c ||x||^2)`; sums of them are handed to `mean`."""

@@ -1,0 +1,110 @@
+"""The pair kernel of the ball against the same sums written densely."""
+
+import math
+
+import pytest
+import torch
+
+from kladi.losses.contrast import OwnView, PairTables
+from kladi.losses.contrast_ball import contrast_in_ball
+from kladi.losses.geometry import PoincareBall
+
+BALL = PoincareBall(0.1, 2.3)
+
+
+def case(n: int = 24, U: int = 4, seed: int = 0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    z = torch.randn(n, 3, generator=g, dtype=torch.float64).to(dtype)
+    classes = torch.randint(U, (n,), generator=g)
+
+    def symmetric(low, high):
+        t = low + (high - low) * torch.rand(U, U, generator=g, dtype=torch.float64)
+        return ((t + t.T) / 2).to(dtype)
+
+    weight = torch.where(symmetric(0, 1) > 0.5, symmetric(0.1, 1), 0)
+    return z, classes, PairTables(weight=weight, scale=symmetric(1, 8), bias=symmetric(-1, 1), positive=None)
+
+
+def dense(z, classes, tables, views=1, own=None):
+    x = BALL.embed(z)
+    n = len(x)
+    pair = (classes[:, None], classes)
+    W, A, B = tables.weight[pair], tables.scale[pair], tables.bias[pair]
+    if own is not None:
+        sample = torch.arange(n) % (n // views)
+        same = sample[:, None] == sample
+        W, A, B = (torch.where(same, v, t) for v, t in ((own.weight, W), (own.scale, A), (own.bias, B)))
+    off = ~torch.eye(n, dtype=torch.bool)
+    W = W * off
+    logits = torch.stack([B[i] - A[i] * BALL.distance(x[i].expand_as(x), x) for i in range(n)])
+    lse = torch.logsumexp(logits.masked_fill(~off, -math.inf), 1)
+    has = W.sum(1) > 0
+    rows = lse - torch.where(W > 0, W * logits, 0).sum(1) / W.sum(1).clamp_min(1e-300)
+    return rows[has].mean(), 1 - has.double().mean()
+
+
+@pytest.mark.parametrize("tile", [1, 5, 8, 23, 512])
+@pytest.mark.parametrize("own", [None, OwnView(scale=3.0, weight=1.0, bias=-0.4)])
+def test_dense_sums(tile, own):
+    z, classes, tables = case()
+    ours, theirs = z.clone().requires_grad_(), z.clone().requires_grad_()
+    got, idle = contrast_in_ball(BALL.embed(ours), classes, tables, BALL, views=3, own=own, tile=tile)
+    want, idle_dense = dense(theirs, classes, tables, 3, own)
+    got.backward()
+    want.backward()
+    assert got.item() == pytest.approx(want.item(), abs=1e-12)
+    assert idle.item() == pytest.approx(idle_dense.item())
+    assert torch.allclose(ours.grad, theirs.grad, atol=1e-11)
+
+
+def test_gradcheck_through_the_embedding_and_the_clip():
+    z, classes, tables = case(n=10)
+    z = (2 * z).requires_grad_()
+    assert (z.norm(dim=1) > BALL.clip).any()
+    assert torch.autograd.gradcheck(lambda z: contrast_in_ball(BALL.embed(z), classes, tables, BALL, tile=4)[0], z)
+
+
+def test_a_pair_taken_out_of_the_denominator_leaves_no_trace():
+    z, classes, tables = case(n=12, U=3)
+    cut = tables.weight == 0
+    assert cut.any()
+    tables = PairTables(weight=tables.weight, scale=tables.scale, bias=tables.bias.masked_fill(cut, -math.inf))
+    ours, theirs = z.clone().requires_grad_(), z.clone().requires_grad_()
+    got, _ = contrast_in_ball(BALL.embed(ours), classes, tables, BALL, tile=5)
+    got.backward()
+    big = PairTables(weight=tables.weight, scale=tables.scale, bias=tables.bias.clamp_min(-1e6))
+    want, _ = dense(theirs, classes, big)
+    want.backward()
+    assert got.item() == pytest.approx(want.item(), abs=1e-10)
+    assert torch.allclose(ours.grad, theirs.grad, atol=1e-10)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_nothing_to_attract(n):
+    z, _, _ = case()
+    z = z[:n].requires_grad_()
+    tables = PairTables(weight=torch.eye(4).double(), scale=torch.ones(4, 4).double(), bias=None)
+    loss, idle = contrast_in_ball(BALL.embed(z), torch.arange(n), tables, BALL)
+    loss.backward()
+    assert loss.item() == 0
+    assert idle.item() == 1
+    assert torch.equal(z.grad, torch.zeros_like(z)) if z.grad is not None else n == 0
+
+
+def test_float32_is_near_float64_and_order_does_not_matter():
+    z, classes, tables = case(n=200)
+    single = PairTables(*(t.float() for t in (tables.weight, tables.scale, tables.bias)))
+    want = contrast_in_ball(BALL.embed(z), classes, tables, BALL)[0].item()
+    assert contrast_in_ball(BALL.embed(z.float()), classes, single, BALL)[0].item() == pytest.approx(want, rel=1e-5)
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(1))
+    assert contrast_in_ball(BALL.embed(z[order]), classes[order], tables, BALL)[0].item() == pytest.approx(want)
+
+
+def test_sharp_logits_stay_finite():
+    z, classes, tables = case()
+    sharp = PairTables(weight=tables.weight, scale=1000 * tables.scale, bias=tables.bias)
+    z = z.requires_grad_()
+    loss, _ = contrast_in_ball(BALL.embed(z), classes, sharp, BALL, tile=7)
+    loss.backward()
+    assert loss.isfinite()
+    assert z.grad.isfinite().all()
