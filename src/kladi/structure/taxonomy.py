@@ -8,32 +8,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 from numpy.typing import ArrayLike
-from scipy import sparse
 
 from kladi.errors import UserError, closest
+from kladi.structure import canonical, lowest_ancestor, taxonomy_files
 
 DENSE_NODES = 20_000
 """Above so many nodes the dense `closure` (400 MB there) is refused."""
 TABLE_ENTRIES = 2**26
 """Above so many entries the `ancestor_table` (512 MB there) is refused."""
-_FORMAT = "kladi-taxonomy"
 
 
 class UnknownNode(UserError, KeyError):
     """A label that is no node of the taxonomy; `str(error)` names it and its three closest nodes."""
 
-    def __str__(self) -> str:  # KeyError alone would print the repr of its argument
-        return str(self.args[0])
+    # KeyError alone would print the repr of its message.
+    __str__ = Exception.__str__  # pyrefly: ignore[missing-override-decorator]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,35 +51,26 @@ class Taxonomy:
     findings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if len(self.names) != len(self.parents):
-            raise ValueError(f"{len(self.names)} names but {len(self.parents)} entries of parents")
-        if any(p >= node or p < 0 for node, above in enumerate(self.parents) for p in above):
+        if not self.names or len(self.names) != len(self.parents):
+            raise ValueError(
+                f"{len(self.names)} names and {len(self.parents)} entries of parents; each needs at least 1"
+            )
+        if any(not 0 <= p < node for node, above in enumerate(self.parents) for p in above):
             raise ValueError("parents must come before their children; build a Taxonomy with from_edges or from_paths")
 
     # --- making one ------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_paths(cls, paths: Iterable[str], separator: str = "/") -> Taxonomy:
+    def from_paths(cls, paths: Iterable[str]) -> Taxonomy:
         """The tree of slash paths: `a/b/c` gives the nodes `a`, `a/b` and `a/b/c`. Repeated paths are one node.
 
         >>> Taxonomy.from_paths(["US/breast", "MR/brain"]).names
         ('MR', 'US', 'MR/brain', 'US/breast')
 
         Raises:
-            UserError: a path is empty or has an empty part.
+            UserError: a path is empty or has an empty part, or there is none.
         """
-        parents: dict[str, list[str]] = {}
-        findings = _Findings()
-        for path in dict.fromkeys(paths):
-            parts = [_clean(part, findings) for part in path.split(separator)]
-            if not all(parts):
-                raise UserError(f'path "{path}" has an empty part')
-            names = ["/".join(parts[: level + 1]) for level in range(len(parts))]
-            for level in range(len(parts) - 1, -1, -1):  # upwards: what is above a known node is known
-                if names[level] in parents:
-                    break
-                parents[names[level]] = [names[level - 1]] if level else []
-        return _canonical(parents, {}, findings)
+        return cls._of(canonical.from_paths(paths))
 
     @classmethod
     def from_edges(
@@ -91,11 +80,48 @@ class Taxonomy:
 
         A parent that is nowhere a child is a top node itself, and a finding says so.
 
+        >>> Taxonomy.from_edges([("cat", "animal"), ("dog", "animal"), ("animal", None)]).names
+        ('animal', 'cat', 'dog')
+
         Raises:
             UserError: a cycle (printed as a > b > a, each below the next), a node that is its own parent, a pair that
-                occurs twice, a node that is both a top and a child, an empty child.
+                occurs twice, a node that is both a top node and a child, an empty child.
         """
-        return _from_edges(list(edges), titles or {}, "pair", 1)
+        return cls._of(canonical.from_pairs(edges, titles=titles))
+
+    @classmethod
+    def read(cls, path: str | Path, *, root: str | None = None) -> Taxonomy:
+        """The taxonomy in a file; its suffix says which form it has.
+
+        .csv, .tsv: child,parent, or one column a level, or one column of slash paths (`taxonomy_tables` says how they
+            are told apart). .json: dicts of dicts, leaves as lists or null, or what `write` wrote. .nwk: Newick. .obo:
+            the is_a relations of an ontology. What was assumed or repaired stands in `findings`.
+
+        Args:
+            root: this node becomes the implicit root, and what is not below it is left out.
+
+        Raises:
+            UserError: the file cannot be read, or is no taxonomy; file and place are named.
+        """
+        return cls._of(taxonomy_files.read(Path(path)), root=root, where=str(path))
+
+    def write(self, path: str | Path) -> None:
+        """Write a file that `read` turns into an equal taxonomy: .json, .csv, .tsv, or .nwk (a tree, without titles).
+
+        Raises:
+            UserError: another suffix, or a DAG into .nwk.
+        """
+        taxonomy_files.write(Path(path), self.to_dict())
+
+    @classmethod
+    def _of(cls, drawing: canonical.Drawing, *, root: str | None = None, where: str = "") -> Taxonomy:
+        try:
+            drawing = canonical.under(drawing, root) if root is not None else drawing
+            names, parents = canonical.ordered(drawing)
+        except UserError as error:
+            raise (UserError(f"{where}: {error}") if where else error) from None
+        titles = {name: drawing.titles[name] for name in names if name in drawing.titles}
+        return cls(names, parents, titles, tuple(drawing.findings))
 
     @property
     def digest(self) -> str:
@@ -104,7 +130,9 @@ class Taxonomy:
 
     @cached_property
     def _digest(self) -> str:
-        content = json.dumps([_FORMAT, 1, self.names, self.parents], ensure_ascii=False, separators=(",", ":"))
+        content = json.dumps(
+            [taxonomy_files.FORMAT, 1, self.names, self.parents], ensure_ascii=False, separators=(",", ":")
+        )
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
     def __eq__(self, other: object) -> bool:
@@ -131,7 +159,7 @@ class Taxonomy:
             if name in self.titles:
                 node["title"] = self.titles[name]
             nodes.append(node)
-        return {"format": _FORMAT, "version": 1, "nodes": nodes}
+        return {"format": taxonomy_files.FORMAT, "version": 1, "nodes": nodes}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Taxonomy:
@@ -140,12 +168,7 @@ class Taxonomy:
         Raises:
             UserError: the content is no such dictionary, or of a later version.
         """
-        if content.get("format") != _FORMAT or content.get("version") != 1:
-            raise UserError(f'not a taxonomy of format "{_FORMAT}", version 1: {content.get("format")!r}')
-        edges: list[tuple[str, str | None]] = []
-        for node in content["nodes"]:
-            edges += [(node["name"], parent) for parent in node["parents"]] or [(node["name"], None)]
-        return cls.from_edges(edges, titles={n["name"]: n["title"] for n in content["nodes"] if "title" in n})
+        return cls._of(taxonomy_files.from_dict(content))
 
     # --- what is where ---------------------------------------------------------------------------------------------
 
@@ -177,9 +200,11 @@ class Taxonomy:
         """The `count` node names most like `name`, best first."""
         options: Sequence[str] = self.names
         if len(options) > 500:  # edit similarity to all of 50,000 names would take seconds: shared triples first
-            wanted = set(_triples(name))
-            shared = Counter({option: len(wanted & set(_triples(option))) for option in options})
-            options = [option for option, _ in shared.most_common(100)]
+            text = name.casefold()
+            starts = range(0, max(len(text) - 2, 1), max(len(text) // 50, 1))
+            triples = {text[i : i + 3] for i in starts}
+            shared = {option: sum(t in option.casefold() for t in triples) for option in options}
+            options = sorted(options, key=lambda option: (-shared[option], abs(len(option) - len(name))))[:50]
         return closest(name, options, count)
 
     @cached_property
@@ -204,36 +229,24 @@ class Taxonomy:
         """int64[L]: the nodes without children, ascending."""
         return _frozen(np.flatnonzero(self.height == 0))
 
+    @cached_property
+    def children(self) -> tuple[tuple[int, ...], ...]:
+        """For each node the ids of its children, ascending."""
+        below: list[list[int]] = [[] for _ in self.names]
+        for node, above in enumerate(self.parents):
+            for p in above:
+                below[p].append(node)
+        return tuple(tuple(nodes) for nodes in below)
+
     def ancestors(self, node: int) -> Int64[np.ndarray, " k"]:
         """The node and all nodes above it, int64, ascending (so the node itself is last)."""
-        above = self._ancestors(_node_ids([node], len(self)))
-        return above.indices.astype(np.int64)
-
-    def _ancestors(self, nodes: np.ndarray) -> sparse.csr_array:
-        """Rows of the closure of the given nodes, int64 [len(nodes), N], sparse."""
-        rows, front = np.arange(len(nodes)), nodes.astype(np.int64)
-        found_rows, found_nodes = [rows], [front]
-        starts, counts, flat = self._parent_lists
-        while len(front):
-            fan = counts[front]
-            step = np.repeat(starts[front] - np.cumsum(fan) + fan, fan) + np.arange(fan.sum())
-            rows, front = np.repeat(rows, fan), flat[step]
-            if not self.is_tree:  # two ways may meet again
-                pairs = np.unique(np.stack([rows, front]), axis=1)
-                rows, front = pairs[0], pairs[1]
-            found_rows.append(rows)
-            found_nodes.append(front)
-        at = (np.concatenate(found_rows), np.concatenate(found_nodes))
-        closed = sparse.csr_array((np.ones(len(at[0]), np.int64), at), shape=(len(nodes), len(self)))
-        closed.sum_duplicates()
-        closed.data[:] = 1
-        return closed
-
-    @cached_property
-    def _parent_lists(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        counts = np.array([len(above) for above in self.parents], dtype=np.int64)
-        flat = np.array([p for above in self.parents for p in above], dtype=np.int64)
-        return np.cumsum(counts) - counts, counts, flat
+        waiting = _node_ids([node], len(self)).tolist()
+        found = set(waiting)
+        while waiting:
+            new = [p for p in self.parents[waiting.pop()] if p not in found]
+            found.update(new)
+            waiting += new
+        return np.array(sorted(found), dtype=np.int64)
 
     @cached_property
     def closure(self) -> Bool[np.ndarray, "N N"]:
@@ -269,13 +282,22 @@ class Taxonomy:
         """
         first, second = _node_ids(a, len(self)), _node_ids(b, len(self))
         if self.is_tree:
-            shared, sizes = self._lca_depth(first, second), self.depth
-            largest = np.maximum(sizes[first][:, None], sizes[second][None, :])
-        else:
-            left, right = self._ancestors(first), self._ancestors(second)
-            shared = (left @ right.T).toarray()
-            largest = np.maximum(left.sum(axis=1)[:, None], right.sum(axis=1)[None, :])
-        return shared / largest
+            shared, size = self._lca_depth(first, second), self.depth
+            return shared / np.maximum(size[first][:, None], size[second][None, :])
+        nodes, place = np.unique(np.concatenate([first, second]), return_inverse=True)
+        rows, columns = place[: len(first)], place[len(first) :]
+        closures = self._closures(nodes).astype(np.float32)  # counts are exact in float32 up to 16 million
+        shared, size = (closures @ closures.T).astype(np.float64), closures.sum(axis=1)
+        return shared[np.ix_(rows, columns)] / np.maximum(size[rows][:, None], size[columns][None, :])
+
+    def _closures(self, nodes: np.ndarray) -> np.ndarray:
+        """Rows of the closure of the given nodes, bool; columns only of what is above one of them."""
+        below: dict[int, np.ndarray] = {node: nodes == node for node in nodes.tolist()}
+        for node in range(int(nodes.max(initial=-1)), -1, -1):
+            if node in below:
+                for p in self.parents[node]:
+                    below[p] = below[p] | below[node] if p in below else below[node]
+        return np.stack(list(below.values()), axis=1) if below else np.zeros((0, 0), np.bool_)
 
     # --- trees only ------------------------------------------------------------------------------------------------
 
@@ -294,6 +316,22 @@ class Taxonomy:
             if len(above) > 1:
                 names = ", ".join(f'"{self.names[p]}"' for p in above)
                 raise UserError(f'this needs a tree, but node "{self.names[node]}" has {len(above)} parents: {names}')
+
+    def projected(self, parent: Literal["first", "longest"]) -> Taxonomy:
+        """A tree: each node keeps one of its parents and forgets the others.
+
+        "first" keeps the first in canonical order (the one nearest the root, ties by name), "longest" the deepest (ties
+        by name), so that depths stay. Equal to itself on a tree.
+        """
+        if parent not in ("first", "longest"):
+            raise ValueError(f'parent="{parent}" is neither "first" nor "longest"')
+        edges: list[tuple[str, str | None]] = []
+        for name, above in zip(self.names, self.parents, strict=True):
+            keep = above[0] if above else -1
+            if parent == "longest":
+                keep = max(above, key=lambda p: (self.depth[p], -p), default=-1)
+            edges.append((name, self.names[keep] if above else None))
+        return Taxonomy.from_edges(edges, titles=self.titles)
 
     @cached_property
     def ancestor_table(self) -> Int64[np.ndarray, "N depth"]:
@@ -333,39 +371,11 @@ class Taxonomy:
         return self.depth[first][:, None] + self.depth[second][None, :] - 2 * self.lca_depth(first, second)
 
     def _lca_depth(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Between two nodes of a depth-first walk, the walk goes up exactly to their lowest common ancestor.
-
-        So its depth is the least `depth - 1` of the nodes after the first, up to the second. `_walk` holds the least of
-        every run of 1, 2, 4, ... nodes, and two overlapping runs cover any range: no table of all pairs is needed.
-        """
-        place, least = self._walk
-        at, to = place[a][:, None], place[b][None, :]
-        first, last = np.minimum(at, to) + 1, np.maximum(at, to)
-        length = last - first + 1
-        power = np.log2(np.maximum(length, 1)).astype(np.int64)
-        first = np.minimum(first, len(self) - 1)  # equal nodes: an empty range, answered below
-        shared = np.minimum(least[power, first], least[power, last - (1 << power) + 1])
-        return np.where(length > 0, shared, self.depth[a][:, None])
+        return lowest_ancestor.lca_depth(self._walk, self.depth, a, b)
 
     @cached_property
-    def _walk(self) -> tuple[np.ndarray, np.ndarray]:
-        children: list[list[int]] = [[] for _ in self.names]
-        stack: list[int] = []
-        for node in range(len(self) - 1, -1, -1):
-            (children[self.parents[node][0]] if self.parents[node] else stack).append(node)
-        order = []
-        while stack:
-            order.append(node := stack.pop())
-            stack.extend(children[node])
-        place = np.empty(len(self), dtype=np.int64)
-        place[order] = np.arange(len(self))
-        runs = [self.depth[order].astype(np.int32) - 1]
-        while 2 ** len(runs) <= len(self):
-            before, half = runs[-1], 2 ** (len(runs) - 1)
-            longer = before.copy()
-            longer[: len(self) - half] = np.minimum(before[:-half], before[half:])
-            runs.append(longer)
-        return place, np.stack(runs).astype(np.int64)
+    def _walk(self) -> lowest_ancestor.Walk:
+        return lowest_ancestor.walk(self.parents, self.depth)
 
     @cached_property
     def diameter(self) -> int:
@@ -382,119 +392,7 @@ class Taxonomy:
         return widest
 
 
-# --- building ------------------------------------------------------------------------------------------------------
-
-
-class _Findings:
-    """Collects sentences, and counts of small repairs that become one sentence each."""
-
-    def __init__(self) -> None:
-        self.sentences: list[str] = []
-        self.trimmed: dict[str, None] = {}
-
-    def say(self, sentence: str) -> None:
-        self.sentences.append(sentence)
-
-    def all(self) -> tuple[str, ...]:
-        said = list(self.sentences)
-        if self.trimmed:
-            first = next(iter(self.trimmed))
-            said.append(f"{len(self.trimmed)} names trimmed or brought to Unicode NFC, e.g. {first!r}")
-        return tuple(said)
-
-
-def _clean(name: str, findings: _Findings) -> str:
-    cleaned = unicodedata.normalize("NFC", name).strip()
-    if cleaned != name:
-        findings.trimmed[name] = None
-    return cleaned
-
-
-def _from_edges(
-    edges: Sequence[tuple[str, str | None]], titles: Mapping[str, str], unit: str, first: int, said: Sequence[str] = ()
-) -> Taxonomy:
-    """`from_edges`, where the i-th edge is called `unit` first + i in messages."""
-    findings = _Findings()
-    for sentence in said:
-        findings.say(sentence)
-    parents: dict[str, list[str]] = {}
-    seen: dict[tuple[str, str], int] = {}
-    tops: dict[str, int] = {}
-    for number, (given_child, given_parent) in enumerate(edges, start=first):
-        child, parent = _clean(given_child, findings), _clean(given_parent or "", findings)
-        if not child:
-            raise UserError(f"{unit} {number}: the child is empty")
-        if child == parent:
-            raise UserError(f'{unit} {number}: "{child}" is its own parent ({child} > {child})')
-        if (child, parent) in seen:
-            raise UserError(
-                f'{unit} {number}: "{child}" below "{parent}" was said in {unit} {seen[child, parent]} already'
-                if parent
-                else f'{unit} {number}: top node "{child}" was said in {unit} {seen[child, ""]} already'
-            )
-        seen[child, parent] = number
-        above = parents.setdefault(child, [])
-        if parent:
-            above.append(parent)
-        else:
-            tops[child] = number
-        if child in tops and above:
-            raise UserError(
-                f'{unit} {number}: "{child}" has the parent "{above[0]}", and is a top node by {unit} {tops[child]}'
-            )
-    missing = dict.fromkeys(p for above in parents.values() for p in above if p not in parents)
-    for name in missing:
-        parents[name] = []
-    if missing and tops:
-        shown = ", ".join(f'"{n}"' for n in list(missing)[:5]) + (
-            f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        )
-        findings.say(f"{len(missing)} parents are nowhere a child and taken as top nodes: {shown}")
-    return _canonical(parents, titles, findings)
-
-
-def _canonical(parents: Mapping[str, Sequence[str]], titles: Mapping[str, str], findings: _Findings) -> Taxonomy:
-    """Nodes by (depth, name); refuses cycles. Depth is found by peeling off nodes whose parents are all placed."""
-    children: dict[str, list[str]] = {name: [] for name in parents}
-    waiting = {}
-    for name, above in parents.items():
-        waiting[name] = len(above)
-        for p in above:
-            children[p].append(name)
-    depth = {name: 1 for name, left in waiting.items() if left == 0}
-    ready = list(depth)
-    while ready:
-        name = ready.pop()
-        for child in children[name]:
-            depth[child] = max(depth.get(child, 0), depth[name] + 1)
-            waiting[child] -= 1
-            if waiting[child] == 0:
-                ready.append(child)
-    stuck = {name for name, left in waiting.items() if left > 0}
-    if stuck:
-        raise UserError(f"the taxonomy has a cycle: {_cycle(parents, stuck)}")
-    names = tuple(sorted(parents, key=lambda name: (depth[name], name)))
-    ids = {name: node for node, name in enumerate(names)}
-    above = tuple(tuple(sorted(ids[p] for p in parents[name])) for name in names)
-    return Taxonomy(names, above, {n: titles[n] for n in names if n in titles}, findings.all())
-
-
-def _cycle(parents: Mapping[str, Sequence[str]], stuck: set[str]) -> str:
-    """Every stuck node has a stuck parent, so walking up must come round."""
-    way: dict[str, int] = {}
-    node = min(stuck)
-    while node not in way:
-        way[node] = len(way)
-        node = min(p for p in parents[node] if p in stuck)
-    round_ = [*list(way)[way[node] :], node]
-    if len(round_) > 12:
-        round_ = [*round_[:6], f"... {len(round_) - 11} more ...", *round_[-5:]]
-    return " > ".join(round_)
-
-
-def _triples(text: str) -> list[str]:
-    padded = f"  {text.casefold()} "
-    return [padded[i : i + 3] for i in range(len(padded) - 2)]
+# --- small things -------------------------------------------------------------------------------------------------
 
 
 def _node_ids(ids: ArrayLike, count: int) -> np.ndarray:
