@@ -454,7 +454,7 @@ def naive_positive(w: float):
     tables = tables_of(geometry="poincare")
     return type(tables)(
         weight=tables.weight,
-        scale=torch.where(tables.weight > 0, tables.scale / w, tables.scale),
+        scale=torch.where(torch.eye(3, dtype=torch.bool), tables.scale / w, tables.scale),
         bias=None,
         positive=None,
     )
@@ -756,6 +756,20 @@ def test_wrong_width_is_named():
     tax = Taxonomy.from_paths(PATHS)
     with pytest.raises(ValueError, match=r"z has 3 dimensions, the prototypes 2"):
         LevelAwareMarginLoss(tax, 2)(torch.ones(1, 1, 3), ids(tax, ["A/x"]))
+
+
+def test_share_of_clipped_rows_is_told():
+    tax = Taxonomy.from_paths(PATHS)
+    z, target = torch.tensor([[[3.0, 0], [0, 2.0], [0, 0], [5, 5]]]), ids(tax, ["A", "A", "B", "B"])
+    for make in (
+        HierarchyWeightedContrastiveLoss,
+        lambda tax, geometry: LevelAwareMarginLoss(tax, 2, geometry=geometry),
+    ):
+        ball, sphere = make(tax, geometry="poincare"), make(tax, geometry="sphere")
+        ball(z, target)
+        sphere(z, target)
+        assert ball.clipped == 0.5
+        assert sphere.clipped is None
 
 
 def test_modules_print_their_arguments():

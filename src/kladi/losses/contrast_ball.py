@@ -72,9 +72,12 @@ class _Pairs:
 
     def read(self, row: slice, column: slice) -> tuple[Tensor, Tensor, Tensor]:
         """W, A, B of a tile. A row with itself: weight 0, bias -inf, that is, no pair."""
-        at = self.classes[row, None], self.classes[None, column]
-        weight, scale = self.tables.weight[at], self.tables.scale[at]
-        bias = torch.zeros_like(scale) if self.tables.bias is None else self.tables.bias[at]
+        first, second = self.classes[row, None], self.classes[None, column]
+        table = self.tables.weight
+        # A table of one dimension is zero off its diagonal.
+        weight = table[first, second] if table.ndim == 2 else torch.where(first == second, table[first], 0)
+        scale = self.tables.scale[first, second]
+        bias = torch.zeros_like(scale) if self.tables.bias is None else self.tables.bias[first, second]
         if self.own is not None:
             same = self.sample[row, None] == self.sample[column]
             weight = weight.masked_fill(same, self.own.weight)
