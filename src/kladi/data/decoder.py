@@ -206,6 +206,7 @@ class _Lane:
             stderr=subprocess.PIPE,
             env={**os.environ, **threads},
         )
+        self.child = child
         try:
             _pipe(child.stdin).write(self.hello.encode("ascii") + b"\n")
             _pipe(child.stdin).flush()
@@ -215,9 +216,8 @@ class _Lane:
         if ready != b"ready\n":
             child.kill()
             why = _pipe(child.stderr).read().decode("utf-8", "replace").strip().splitlines()
-            child.wait()
+            self.kill()
             raise RunStopped(f"a decoder process cannot be started: {why[-1] if why else f'exit {child.returncode}'}")
-        self.child = child
         return child
 
     def _receive(self, job: Job) -> Answer:

@@ -37,7 +37,7 @@ from jaxtyping import Int, Int32, Int64, UInt8, UInt16, UInt64
 from kladi import config as settings
 from kladi.data.decode import open_file
 from kladi.data.decoder import Answer, Job, decode_all
-from kladi.data.findings import Finding
+from kladi.data.findings import Finding, counted
 from kladi.data.frame import Limits, Unreadable
 from kladi.data.intensity import store_side, widen
 from kladi.errors import RunStopped
@@ -117,8 +117,7 @@ class Store:
         """
         folder = Path(folder)
         try:
-            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            return _opened(folder, meta)
+            return _opened(folder, _meta(folder))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunStopped(f"no whole store of decoded images ({type(error).__name__})") from error
 
@@ -161,16 +160,29 @@ def build(
     key = _key(contents, row_id, intensity, limits, drop_blank=config.drop_blank)
     folder = Path(folder)
     place = folder / key
-    if not (place / "meta.json").exists():
+    found = _whole(place)
+    if found is None:
         try:
             _make_folder(folder)
             _sweep(folder)
+            shutil.rmtree(place, ignore_errors=True)  # what lies there is not whole; it can be made again
             _decode(names, frames, contents, row_id, intensity, limits, config, place, workers, progress)
         except OSError as error:
             raise RunStopped(f"the store of decoded images cannot be written ({error.strerror or error})") from error
-    store = Store.open(place)
-    told = json.loads((place / "meta.json").read_text(encoding="utf-8"))["findings"]
-    return store, [_finding(one, rows) for one in told]
+        found = Store.open(place), _meta(place)["findings"]
+    return found[0], [_finding(one, rows) for one in found[1]]
+
+
+def _whole(place: Path) -> tuple[Store, list[dict[str, Any]]] | None:
+    """The store at `place` and what was found while it was made; None where there is none, or not all of it."""
+    try:
+        return Store.open(place), _meta(place)["findings"]
+    except (RunStopped, OSError, ValueError, KeyError):
+        return None
+
+
+def _meta(place: Path) -> dict[str, Any]:
+    return json.loads((place / "meta.json").read_text(encoding="utf-8"))
 
 
 # Content -------------------------------------------------------------------------------------------------------------
@@ -300,6 +312,7 @@ def _decode(
     """Decode into `.tmp-...`, then rename it to `place`."""
     side, n = store_side(intensity.size), len(names)
     building = Path(tempfile.mkdtemp(prefix=f".tmp-{platform.node()}-{os.getpid()}-", dir=place.parent))
+    pixels = None
     try:
         needed = n * intensity.channels * side * side
         free = shutil.disk_usage(building).free
@@ -322,7 +335,7 @@ def _decode(
                 table.take(answer, row_id)
                 pixels.write(answer.key, answer.square)
         kept = np.flatnonzero(table.kept)
-        dtype = pixels.close(kept)
+        dtype = pixels.finish(kept)
         _write_private(
             building / "rows.npz",
             lambda file: np.savez(
@@ -351,6 +364,8 @@ def _decode(
             if not (place / "meta.json").exists():  # else another process was faster, with the same content
                 raise
     finally:
+        if pixels is not None:
+            pixels.file.close()
         shutil.rmtree(building, ignore_errors=True)
 
 
@@ -416,8 +431,8 @@ class _Rows:
         colour, grey = np.flatnonzero(self.colour), int(self.kept.sum() - self.colour.sum())
         if not len(colour) or (not grey and channels == 3):
             return []
-        done = "colour became luminance" if channels == 1 else "grey was repeated"
-        text = f"{len(colour)} images are colour, {grey} grey; --intensity.channels {channels}: {done}"
+        done = "colour becomes luminance" if channels == 1 else "grey is repeated"
+        text = f"{counted(len(colour), 'image')} colour, {grey:,} grey; --intensity.channels {channels}: {done}"
         return [{"code": "I16", "severity": "warning", "text": text, "positions": colour.tolist()}]
 
 
@@ -456,7 +471,7 @@ class _Pixels:
         self.file.seek(position * size)
         return self.file.read(size)
 
-    def close(self, kept: Int64[np.ndarray, " k"]) -> np.dtype[Any]:
+    def finish(self, kept: Int64[np.ndarray, " k"]) -> np.dtype[Any]:
         """Move the rows together over the gaps of what was left out, and write everything to the disk."""
         size = self.values * self.dtype.itemsize
         for to, position in enumerate(kept.tolist()):
