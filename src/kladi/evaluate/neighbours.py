@@ -154,10 +154,10 @@ def purity(points: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"], *, k
     rows, marks = np.asarray(points, dtype=np.float64)[known], labels[known]
     if len(rows) <= k:
         return math.nan
-    total = 0.0
+    lengths, total = (rows**2).sum(axis=1), 0.0
     for start in range(0, len(rows), BLOCK):
         block = rows[start : start + BLOCK]
-        square = ((block[:, None] - rows) ** 2).sum(axis=-1)
+        square = lengths - 2 * block @ rows.T  # up to the query's own length, which changes no order
         square[np.arange(len(block)), np.arange(start, start + len(block))] = math.inf
         nearest = np.argpartition(square, k - 1, axis=1)[:, :k]
         total += float((marks[nearest] == marks[start : start + len(block), None]).mean(axis=1).sum())

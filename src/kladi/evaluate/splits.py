@@ -53,7 +53,7 @@ class Splits:
     seed: of the folds.
     folds: K; 1 for a manifest split.
     row_id: uint64[n], ascending, the rows that the splits speak of.
-    fold: int64[n, R]. For folds `2 k + h`: the row tests in fold k, and is in half h of it, which K = 3 needs. For a
+    fold: int64[n, R]. For folds `2 k + h`: the row tests in fold k, and is in half h of it (0 unless K = 3). For a
         manifest split TRAIN, VAL or TEST.
     missing: sentences on leaves that a fold lacks.
     """
@@ -182,8 +182,9 @@ def make_splits(
         repeats: how many times, each seeded by (seed, "split", repeat).
         names: of the classes, for sentences on what a fold lacks.
 
-    scikit-learn's `StratifiedGroupKFold(shuffle=True)` on rows sorted by row id. Up to 100 seeds are tried for folds in
-    which every class occurs; if none is found the best is kept and `missing` says which class lacks where.
+    scikit-learn's `StratifiedGroupKFold(shuffle=True)` on rows sorted by row id. Up to 100 seeds (fewer above 1,000
+    patients) are tried for folds in which every class occurs; if none is found the best is kept and `missing` says
+    which class lacks where.
 
     Raises:
         UserError: no labelled row, fewer than two classes, or fewer than three patients in the rarest: no folds.
@@ -206,8 +207,9 @@ def make_splits(
         tests, lacking = _folds(code, patient, k, len(classes), f"{seed}/split/{repeat}")
         for test in range(k):
             inside = np.flatnonzero(tests == test)
-            half = _kfold(code[inside], patient[inside], HALVES, f"{seed}/half/{repeat}/{test}")
-            fold[inside, repeat] = HALVES * test + half
+            fold[inside, repeat] = HALVES * test
+            if k == 3:
+                fold[inside, repeat] += _kfold(code[inside], patient[inside], HALVES, f"{seed}/half/{repeat}/{test}")
         for test, c in lacking:
             name = (names or {}).get(int(classes[c]), str(classes[c]))
             missing.append(f"repeat {repeat}, fold {test}: no {name}")
@@ -306,7 +308,9 @@ def _folds(
 ) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """Test fold of each row, and the (fold, class) pairs that do not occur, of the best of up to 100 seeds."""
     best: tuple[np.ndarray, list[tuple[int, int]]] | None = None
-    for attempt in range(MOST_ATTEMPTS):
+    # A partition of 1,000 patients takes about half a second; larger sets, where one rarely fails, get fewer attempts.
+    attempts = min(MOST_ATTEMPTS, max(3, 100_000 // len(np.unique(patient))))
+    for attempt in range(attempts):
         tests = _kfold(code, patient, k, f"{stream}/{attempt}")
         present = np.zeros((k, classes), dtype=bool)
         present[tests, code] = True
