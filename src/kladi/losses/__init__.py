@@ -2,5 +2,13 @@
 
 from kladi.losses.label_prototypes import LevelAwareMarginLoss
 from kladi.losses.label_tree import HierarchyWeightedContrastiveLoss
+from kladi.losses.multi_label import MultiLabelContrastiveLoss, SupConLoss
+from kladi.losses.views import NTXentLoss
 
-__all__ = ["HierarchyWeightedContrastiveLoss", "LevelAwareMarginLoss"]
+__all__ = [
+    "HierarchyWeightedContrastiveLoss",
+    "LevelAwareMarginLoss",
+    "MultiLabelContrastiveLoss",
+    "NTXentLoss",
+    "SupConLoss",
+]

@@ -1,31 +1,63 @@
-"""The pair kernel, dense and simple for now: weights, scales and biases between label classes -> one scalar."""
+"""The one kernel behind every pairwise loss: tables between label classes in, a scalar out, never an n x n matrix.
+
+A loss author says, for each pair of *classes*, how positive it is (W), how its similarity becomes a logit (A, with the
+temperature in it; B added), and what an anchor's sum is divided by. For unit rows x and s_ik = x_i . x_k the loss is
+
+    l_ik = A s_ik + B                                   (A, B, W at the classes of i and k)
+    L_i  = ( m_i logsumexp_{k != i} l_ik - sum_{j != i} W_ij l_ij ) / d_i,       m_i = sum_{j != i} W_ij
+    loss = mean of L_i over anchors, the rows with d_i > 0
+
+Two facts make it cheap. The positive sum needs no pair, because sum_j W_ij A_ij s_ij = x_i . sum_u (W A)[y_i, u] Z_u
+with Z_u the sum of the rows of class u. And the log-sum-exp is symmetric in its pairs: one tile of similarities serves
+the rows of i and those of k. So all of it costs half a product forward and one and a half backward, against three for a
+dense matrix, in O(n D + tile^2) memory.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+TILE = 2048
+"""Rows of a tile, the fastest of 512, 1,024 and 2,048 on two cores; bench/kernel.py measures it (16 MB in float32)."""
+BOUND = 60.0
+"""exp of logits within this bound cannot overflow in float32, nor can a sum of 2^32 of them: no shift is needed."""
+SEGMENTS = 48
+"""Classes in a tile up to which multiplying class by class is cheaper than gathering a table the size of the tile."""
 
 
 @dataclass(frozen=True)
 class PairTables:
-    """One entry a pair of label classes. logit = scale * similarity + bias; weight says how positive the pair is."""
+    """What pairs of U label classes mean to the loss; every table is symmetric.
 
-    weight: Float[Tensor, "U U"]
-    scale: Float[Tensor, "U U"]
+    weight: W >= 0, [U, U], or [U] for a table that is zero off its diagonal.
+    scale: A, [U, U], or [] where it is the same for all pairs.
+    bias: B, [U, U], or None for zero. -inf takes the pair out of the denominator (its weight must be 0).
+    positive: 0 or 1, like `weight`; the divisor of an anchor is its sum over pairs. None: the divisor is sum W.
+    """
+
+    weight: Float[Tensor, "..."]
+    scale: Float[Tensor, "..."]
     bias: Float[Tensor, "U U"] | None = None
-    positive: Float[Tensor, "U U"] | None = None
+    positive: Float[Tensor, "..."] | None = None
 
 
 @dataclass(frozen=True)
 class OwnView:
-    """Overrides the tables for pairs that are two views of one sample."""
+    """What a pair of two views of one sample means, whatever its class says. Always counts as one positive.
 
-    scale: float
+    scale None: the logit stays that of the tables, and only the weight is overridden, which costs no tile.
+    """
+
     weight: float = 1.0
+    scale: float | None = None
     bias: float = 0.0
 
 
@@ -36,32 +68,327 @@ def contrast(
     *,
     views: int = 1,
     own: OwnView | None = None,
+    keys: Float[Tensor, "m D"] | None = None,
+    key_classes: Int[Tensor, " m"] | None = None,
+    tile: int = TILE,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Mean over anchors of (m lse - sum W logit) / divisor, and the share of rows that are no anchor."""
-    n = len(points)
-    dtype = torch.float64 if points.dtype == torch.float64 else torch.float32
+    """The loss of the module's docstring, and the share of rows that are no anchor.
+
+    Args:
+        points: unit rows, view-major: row = view * (n / views) + sample. A zero row is a point without direction.
+        classes: the row of the tables that each point belongs to.
+        tables: W, A, B and what counts as positive.
+        views: views of each sample; only `own` asks.
+        own: overrides the tables for two views of one sample.
+        keys, key_classes: where given, anchors are paired with these instead of with each other: a queue. Gradients
+            reach keys that ask for them. Not together with `own`.
+        tile: rows of a tile; the value does not depend on it.
+
+    Returns:
+        The loss, in float64 for float64 points and float32 otherwise, also under autocast; a zero that keeps its graph
+        where there is no anchor. The share of rows without a positive, without gradient.
+    """
+    if own is not None and keys is not None:
+        raise ValueError("own views are pairs of rows; they have no meaning where keys stand apart from rows")
     with torch.autocast(points.device.type, enabled=False):
-        x = points.to(dtype)
-        pair = (classes[:, None], classes[None, :])
-        weight, scale = tables.weight.to(dtype)[pair], tables.scale.to(dtype)[pair]
-        bias = torch.zeros_like(scale) if tables.bias is None else tables.bias.to(dtype)[pair]
-        count = weight if tables.positive is None else tables.positive.to(dtype)[pair]
-        sample = torch.arange(n, device=x.device) % max(n // max(views, 1), 1)
-        same = sample[:, None] == sample[None, :]
-        if own is not None:
-            weight = torch.where(same, own.weight, weight)
-            scale = torch.where(same, own.scale, scale)
-            bias = torch.where(same, own.bias, bias)
-            count = torch.where(same, 1.0 if tables.positive is not None else own.weight, count)
-        other = ~torch.eye(n, dtype=torch.bool, device=x.device)
-        weight, count = weight * other, count * other
-        logits = scale * (x @ x.T) + bias
-        masked = logits.masked_fill(~other, -math.inf)
-        divisor, mass = count.sum(1), weight.sum(1)
+        x = points if points.dtype == torch.float64 else points.float()
+        y = None if keys is None else keys.to(x.dtype)
+        tables = _cast(tables, x)
+        mass, divisor, attraction = _positives(x, classes, tables, y, key_classes)
+        masked_views, own_logits = 1, None
+        if own is not None and views > 1:
+            own_logits = _own_logits(x, classes, tables, own, views)
+            mass, divisor, attraction = _with_own(classes, tables, own, own_logits, mass, divisor, attraction)
+            masked_views = 1 if own.scale is None and tables.bias is None else views
+        logsumexp = pair_logsumexp(
+            x, classes, tables.scale, tables.bias, views=masked_views, keys=y, key_classes=key_classes, tile=tile
+        )
+        if own_logits is not None and masked_views > 1:
+            logsumexp = torch.logaddexp(logsumexp, torch.logsumexp(own_logits, dim=1))
         anchor = divisor > 0
-        idle = (~anchor).to(dtype).mean() if n else x.new_ones(())
+        idle = 1 - anchor.to(x.dtype).mean() if len(x) else x.new_ones(())
+        zero = x.sum() * 0
         if not bool(anchor.any()):
-            return x.sum() * 0.0, idle.detach()
-        positive = (weight * logits.masked_fill(weight == 0, 0.0)).sum(1)
-        losses = (mass * torch.logsumexp(masked, dim=1).masked_fill(~anchor, 0.0) - positive) / divisor.clamp_min(1e-300)
-        return losses[anchor].mean(), idle.detach()
+            return zero, idle
+        rows = (mass * torch.where(anchor, logsumexp, 0) - attraction) / torch.where(anchor, divisor, 1)
+        return torch.where(anchor, rows, 0).sum() / anchor.sum(), idle
+
+
+def pair_logsumexp(
+    rows: Float[Tensor, "n D"],
+    classes: Int[Tensor, " n"],
+    scale: Float[Tensor, "..."],
+    bias: Float[Tensor, "U U"] | None = None,
+    *,
+    views: int = 1,
+    keys: Float[Tensor, "m D"] | None = None,
+    key_classes: Int[Tensor, " m"] | None = None,
+    tile: int = TILE,
+) -> Float[Tensor, " n"]:
+    """log sum_k exp(A s_ik + B) for each row i, over the other rows k (or over the keys), streamed in tiles.
+
+    `views` > 1 also leaves out the other views of the same sample. Rows without a pair get -inf. Forward keeps no tile
+    (unless a single one holds everything), backward makes them anew.
+    """
+    if keys is not None:
+        if key_classes is None:
+            raise ValueError("keys need key_classes")
+        pairs = _Pairs(classes, key_classes, scale, bias, views=0, tile=tile)
+        return _LogSumExp.apply(rows, keys, pairs)
+    if views == 1 and (scale.ndim == 2 or bias is not None):
+        # Rows of one class side by side: a table then acts on whole stripes of a tile.
+        order = torch.argsort(classes)
+        pairs = _Pairs(classes[order], classes[order], scale, bias, views=1, tile=tile)
+        return _LogSumExp.apply(rows[order], None, pairs)[torch.argsort(order)]
+    return _LogSumExp.apply(rows, None, _Pairs(classes, classes, scale, bias, views=views, tile=tile))
+
+
+# --- positives: sums over classes, in plain autograd ---------------------------------------------------------------
+
+
+def _positives(
+    x: Tensor, classes: Tensor, tables: PairTables, keys: Tensor | None, key_classes: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """m_i, d_i and sum_j W_ij l_ij of each row, from sums over classes."""
+    others, of = (x, classes) if keys is None or key_classes is None else (keys, key_classes)
+    size = len(tables.weight)
+    count = torch.bincount(of, minlength=size).to(x.dtype)
+    sums = x.new_zeros(size, x.shape[1]).index_add(0, of, others)
+    mass = _times(tables.weight, count)
+    divisor = mass if tables.positive is None else _times(tables.positive, count)
+    pull = _scaled(tables.weight, tables.scale)
+    attraction = (x * _times(pull, sums)[classes]).sum(1)
+    offset = (
+        None if tables.bias is None else _scaled(tables.weight, tables.bias.masked_fill(tables.bias == -math.inf, 0))
+    )
+    if offset is not None:
+        attraction = attraction + _times(offset, count)[classes]
+    mass, divisor = mass[classes], divisor[classes]
+    if keys is None:  # a row is no pair with itself
+        mass = mass - _diagonal(tables.weight)[classes]
+        divisor = divisor - _diagonal(tables.weight if tables.positive is None else tables.positive)[classes]
+        attraction = attraction - _diagonal(pull)[classes] * x.square().sum(1)
+        if offset is not None:
+            attraction = attraction - _diagonal(offset)[classes]
+        # What is left of 3 x 1/3 - 1 is no weight.
+        least = torch.finfo(x.dtype).eps * len(x)
+        mass, divisor = torch.where(mass > least, mass, 0), torch.where(divisor > least, divisor, 0)
+    return mass, divisor, attraction
+
+
+def _own_logits(x: Tensor, classes: Tensor, tables: PairTables, own: OwnView, views: int) -> Float[Tensor, "n others"]:
+    """Logits of each row with the other views of its sample."""
+    stacked = x.unflatten(0, (views, -1))
+    cosine = torch.stack([(stacked * stacked.roll(shift, 0)).sum(-1).flatten() for shift in range(1, views)], dim=1)
+    if own.scale is not None:
+        return own.scale * cosine + own.bias
+    scale = tables.scale if tables.scale.ndim == 0 else _diagonal(tables.scale)[classes][:, None]
+    return scale * cosine  # a bias of the tables does not reach own views: they are always compared
+
+
+def _with_own(
+    classes: Tensor,
+    tables: PairTables,
+    own: OwnView,
+    own_logits: Tensor,
+    mass: Tensor,
+    divisor: Tensor,
+    attraction: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Takes out what the tables said of own views, and puts in what `own` says."""
+    others = own_logits.shape[1]
+    told = _diagonal(tables.weight)[classes]
+    counted = told if tables.positive is None else _diagonal(tables.positive)[classes]
+    mass = mass + (own.weight - told) * others
+    divisor = divisor + ((own.weight if tables.positive is None else 1.0) - counted) * others
+    if own.scale is None:
+        return mass, divisor, attraction + ((own.weight - told)[:, None] * own_logits).sum(1)
+    table_scale = tables.scale if tables.scale.ndim == 0 else _diagonal(tables.scale)[classes]
+    cosine = (own_logits - own.bias) / own.scale
+    from_tables = table_scale * cosine.sum(1)
+    if tables.bias is not None:
+        from_tables = (
+            from_tables + _diagonal(tables.bias).masked_fill(_diagonal(tables.bias) == -math.inf, 0)[classes] * others
+        )
+    return mass, divisor, attraction + own.weight * own_logits.sum(1) - told * from_tables
+
+
+def _cast(tables: PairTables, like: Tensor) -> PairTables:
+    """The tables in the dtype and on the device of the points; a scale that is one number becomes one."""
+
+    def cast(table: Tensor | None) -> Tensor | None:
+        return None if table is None else table.to(like)
+
+    scale = tables.scale.to(like)
+    if scale.ndim == 2 and scale.numel() and bool((scale == scale[0, 0]).all()):
+        scale = scale[0, 0]
+    return PairTables(tables.weight.to(like), scale, cast(tables.bias), cast(tables.positive))
+
+
+def _times(table: Tensor, sums: Tensor) -> Tensor:
+    """table @ sums, where a table of one dimension is a diagonal."""
+    if table.ndim == 2:
+        return table @ sums
+    return table * sums if sums.ndim == 1 else table[:, None] * sums
+
+
+def _scaled(weight: Tensor, table: Tensor) -> Tensor:
+    """weight * table, entry by entry; the diagonal of the table where the weight is a diagonal."""
+    return weight * (_diagonal(table) if weight.ndim == 1 and table.ndim == 2 else table)
+
+
+def _diagonal(table: Tensor) -> Tensor:
+    return table.diagonal() if table.ndim == 2 else table
+
+
+# --- denominators: symmetric tiles -----------------------------------------------------------------------------------
+
+
+class _Pairs:
+    """The pairs of rows and keys, tile by tile: which there are, and what their logits are.
+
+    views: 0 where keys stand apart; 1: a row is no pair with itself; more: nor with other views of its sample.
+    """
+
+    def __init__(
+        self, classes: Tensor, key_classes: Tensor, scale: Tensor, bias: Tensor | None, *, views: int, tile: int
+    ) -> None:
+        self.classes, self.key_classes, self.scale, self.bias = classes, key_classes, scale, bias
+        self.views, self.tile = views, tile
+        self.symmetric = views > 0
+        greatest = float(scale.abs().max()) if scale.numel() else 0.0
+        # A finite bias multiplies after the exponential; -inf becomes an exact zero there.
+        self.factor = None if bias is None else bias.exp()
+        self.bounded = greatest + _greatest(bias) <= BOUND
+
+    def tiles(self) -> Iterator[tuple[slice, slice]]:
+        """Row and key ranges; only those on and above the diagonal where a tile serves both."""
+        for i in range(0, len(self.classes), self.tile):
+            for j in range(i if self.symmetric else 0, len(self.key_classes), self.tile):
+                yield (
+                    slice(i, min(i + self.tile, len(self.classes))),
+                    slice(j, min(j + self.tile, len(self.key_classes))),
+                )
+
+    @property
+    def single(self) -> bool:
+        return max(len(self.classes), len(self.key_classes)) <= self.tile
+
+    def multiply(self, tile: Tensor, table: Tensor, i: slice, j: slice) -> None:
+        """tile *= table[classes of rows, classes of keys], in place."""
+        if table.ndim == 0:
+            tile.mul_(table)
+            return
+        columns = table[:, self.key_classes[j]]
+        found, counts = torch.unique_consecutive(self.classes[i], return_counts=True)
+        if len(found) > SEGMENTS:
+            tile.mul_(columns[self.classes[i]])
+            return
+        start = 0
+        for label, count in zip(found.tolist(), counts.tolist(), strict=True):
+            tile[start : start + count].mul_(columns[label])
+            start += count
+
+    def erase(self, tile: Tensor, i: slice, j: slice, value: float) -> None:
+        """Write `value` where a row meets itself, or another view of its sample: on a few diagonals of the tile."""
+        samples = len(self.classes) // max(self.views, 1)
+        for shift in range(-(self.views - 1), self.views):
+            offset = i.start + shift * samples - j.start
+            if -tile.shape[0] < offset < tile.shape[1]:
+                tile.diagonal(offset).fill_(value)
+
+    def exponentials(self, rows: Tensor, keys: Tensor, i: slice, j: slice) -> Tensor:
+        """exp(A s + B) of a tile, zero where there is no pair. Only for bounded logits."""
+        tile = rows[i] @ keys[j].T
+        self.multiply(tile, self.scale, i, j)
+        tile.exp_()
+        if self.factor is not None:
+            self.multiply(tile, self.factor, i, j)
+        self.erase(tile, i, j, 0.0)
+        return tile
+
+    def logits(self, rows: Tensor, keys: Tensor, i: slice, j: slice) -> Tensor:
+        """A s + B of a tile, -inf where there is no pair."""
+        tile = rows[i] @ keys[j].T
+        self.multiply(tile, self.scale, i, j)
+        if self.bias is not None:
+            tile.add_(self.bias[self.classes[i]][:, self.key_classes[j]])
+        self.erase(tile, i, j, -math.inf)
+        return tile
+
+
+class _LogSumExp(torch.autograd.Function):
+    """Forward sums tiles; backward makes them anew: dL/dx_i = sum_k A_ik (g_i p_ik + g_k p_ki) x_k."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, keys: Tensor | None, pairs: _Pairs) -> Tensor:
+        other = rows if keys is None else keys
+        total, kept = (_bounded if pairs.bounded else _online)(rows, other, pairs)
+        ctx.pairs, ctx.apart = pairs, keys is not None
+        ctx.save_for_backward(rows, other, total, *([kept] if kept is not None else []))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        rows, keys, total, *kept = ctx.saved_tensors
+        pairs: _Pairs = ctx.pairs
+        to_rows = torch.zeros_like(rows)
+        to_keys = to_rows if pairs.symmetric else torch.zeros_like(keys)
+        alone = total == -math.inf  # a row without a pair: nothing to push, and exp(inf) must not be met
+        for i, j in pairs.tiles():
+            if pairs.bounded:
+                tile = kept[0].clone() if kept else pairs.exponentials(rows, keys, i, j)
+                each = torch.where(alone, 0, gradient * torch.exp(-total))
+                tile.mul_(each[i, None] + each[j] if pairs.symmetric else each[i, None])
+            else:
+                tile = _shares(
+                    pairs.logits(rows, keys, i, j), gradient, torch.where(alone, 0, total), i, j, pairs.symmetric
+                )
+            if pairs.scale.ndim:
+                pairs.multiply(tile, pairs.scale, i, j)
+            to_rows[i].addmm_(tile, keys[j])
+            if i != j or not pairs.symmetric:
+                to_keys[j].addmm_(tile.T, rows[i])
+        if not pairs.scale.ndim:
+            to_rows.mul_(pairs.scale)
+            if not pairs.symmetric:
+                to_keys.mul_(pairs.scale)
+        return to_rows, (to_keys if ctx.apart else None), None
+
+
+def _bounded(rows: Tensor, keys: Tensor, pairs: _Pairs) -> tuple[Tensor, Tensor | None]:
+    """log of the sums of exponentials that cannot overflow; the tile itself where there is but one."""
+    sums = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+    tile = None
+    for i, j in pairs.tiles():
+        tile = pairs.exponentials(rows, keys, i, j)
+        sums[i] += tile.sum(1)
+        if pairs.symmetric and i != j:
+            sums[j] += tile.sum(0)
+    return sums.log().to(rows.dtype), tile if pairs.single else None
+
+
+def _online(rows: Tensor, keys: Tensor, pairs: _Pairs) -> tuple[Tensor, None]:
+    """The same for logits of any size: log-sum-exps of tiles, joined."""
+    total = torch.full((len(rows),), -math.inf, dtype=rows.dtype, device=rows.device)
+    for i, j in pairs.tiles():
+        tile = pairs.logits(rows, keys, i, j)
+        total[i] = torch.logaddexp(total[i], torch.logsumexp(tile, dim=1))
+        if pairs.symmetric and i != j:
+            total[j] = torch.logaddexp(total[j], torch.logsumexp(tile, dim=0))
+    return total, None
+
+
+def _shares(logits: Tensor, gradient: Tensor, total: Tensor, i: slice, j: slice, symmetric: bool) -> Tensor:
+    """g_i p_ik + g_k p_ki of a tile of logits."""
+    shares = gradient[i, None] * torch.exp(logits - total[i, None])
+    return shares.add_(gradient[j] * torch.exp(logits - total[j])) if symmetric else shares
+
+
+def _greatest(bias: Tensor | None) -> float:
+    """The greatest size of a finite bias."""
+    if bias is None:
+        return 0.0
+    finite = bias[bias > -math.inf]
+    return float(finite.abs().max()) if finite.numel() else 0.0
