@@ -34,7 +34,7 @@ class UnknownNode(UserError, KeyError):
     __str__ = Exception.__str__  # pyrefly: ignore[missing-override-decorator]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Taxonomy:
     """Label tree or DAG. Build it with `from_paths`, `from_edges` or `read`; equal and hashed by content.
 
