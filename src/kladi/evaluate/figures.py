@@ -1,0 +1,95 @@
+"""What the report draws, computed from the answers: confusion in the order of the tree, severity, levels."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from kladi.evaluate import metrics
+from kladi.evaluate.answers import Answers, Task
+from kladi.evaluate.results import Row
+from kladi.structure.taxonomy import Taxonomy
+
+REGIME = "probe"
+
+
+def tree_order(taxonomy: Taxonomy) -> Int[np.ndarray, " N"]:
+    """Node ids depth-first, a node before what is below it, siblings by name; on a DAG at the first place reached."""
+    below: dict[int, list[int]] = defaultdict(list)
+    tops: list[int] = []
+    for node, above in enumerate(taxonomy.parents):
+        for parent in above:
+            below[parent].append(node)
+        if not above:
+            tops.append(node)
+    order: dict[int, None] = {}
+    waiting = sorted(tops, key=taxonomy.names.__getitem__, reverse=True)
+    while waiting:
+        node = waiting.pop()
+        if node not in order:
+            order[node] = None
+            waiting += sorted(below[node], key=taxonomy.names.__getitem__, reverse=True)
+    return np.array(list(order), dtype=np.int64)
+
+
+def confusion(answers: Sequence[Answers], task: Task, method: str) -> dict[str, Any]:
+    """Counts of truth (rows) against answer (columns) of the probe's first repeat, where each row is tested once.
+
+    Nodes that are neither truth nor answer anywhere are left out. Empty where the probe gave no answer.
+    """
+    true, pred = _first_repeat(answers, task, method)
+    if not len(true):
+        return {}
+    order = tree_order(task.taxonomy)
+    order = order[np.isin(order, np.union1d(true, pred))]
+    place = np.empty(len(task.taxonomy.names), dtype=np.int64)
+    place[order] = np.arange(len(order))
+    counts = np.zeros((len(order), len(order)), dtype=np.int64)
+    np.add.at(counts, (place[true], place[pred]), 1)
+    return {
+        "regime": REGIME,
+        "nodes": [task.taxonomy.names[node] for node in order],
+        "depths": task.taxonomy.depth[order].tolist(),
+        "counts": counts.tolist(),
+    }
+
+
+def severity(answers: Sequence[Answers], task: Task, methods: Sequence[str]) -> dict[str, Any]:
+    """Errors of the probe's first repeat by the height of the lowest common ancestor. Empty without a tree."""
+    if not task.has_levels:
+        return {}
+    heights = range(1, int(task.taxonomy.depth.max()) + 1)
+    counts = {}
+    for method in methods:
+        true, pred = _first_repeat(answers, task, method)
+        if len(true):
+            found = metrics.lca_height(pred, true, task.taxonomy)
+            counts[method] = [int((found == height).sum()) for height in heights]
+    return {"heights": list(heights), "counts": counts} if counts else {}
+
+
+def by_depth(rows: Sequence[Row], prefix: str, regime: str, methods: Sequence[str]) -> dict[str, list[float | None]]:
+    """Mean over the folds of `prefix`1, `prefix`2, ... for each method; None where no fold defines it."""
+    found: dict[str, dict[int, list[float]]] = {method: {} for method in methods}
+    for row in rows:
+        if row.regime == regime and row.metric.startswith(prefix) and row.method in found:
+            level = found[row.method].setdefault(int(row.metric.removeprefix(prefix)), [])
+            if row.value is not None and math.isfinite(row.value):
+                level.append(row.value)
+    return {
+        method: [float(np.mean(v)) if (v := levels[level]) else None for level in sorted(levels)]
+        for method, levels in found.items()
+        if levels
+    }
+
+
+def _first_repeat(answers: Sequence[Answers], task: Task, method: str) -> tuple[np.ndarray, np.ndarray]:
+    mine = [a for a in answers if a.method == method and a.regime == REGIME and a.repeat == 0]
+    if not mine:
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    return task.target[np.concatenate([a.rows for a in mine])], np.concatenate([a.pred for a in mine])

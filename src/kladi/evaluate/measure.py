@@ -1,0 +1,186 @@
+"""Embeddings and splits -> rows of results: every regime of every method, under the same folds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+from jaxtyping import Float32, Int, UInt64
+
+from kladi.evaluate import baselines, regimes
+from kladi.evaluate.answers import PRIMARY, Answers, Task, Value, resampled, values
+from kladi.evaluate.bootstrap import Metric
+from kladi.evaluate.probe import LAMBDAS
+from kladi.evaluate.regimes import Answered, Found, Part, ProbeNotes, View
+from kladi.evaluate.results import Row
+from kladi.evaluate.splits import TEST, TRAIN, Splits
+from kladi.losses import geometry as spaces
+
+T = TypeVar("T")
+Seconds = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A representation to be measured.
+
+    features: float32[n, F], what the probe, the votes and the retrieval read.
+    z: float32[n, D], what the prototypes read, in `space`; None: the features, on the sphere.
+    grey: the features are `baselines.grey_features`, still to be fitted on the training rows of each fold.
+    control_of: the method whose control this is, "" for none.
+    """
+
+    name: str
+    features: Float32[np.ndarray, "n F"]
+    z: Float32[np.ndarray, "n D"] | None = None
+    space: spaces.Geometry = field(default_factory=lambda: spaces.named("sphere"))
+    grey: bool = False
+    control_of: str = ""
+
+
+@dataclass(frozen=True)
+class Resample:
+    """A metric of one fold as a function of row weights, for the patient bootstrap. rows: the test rows."""
+
+    method: str
+    regime: str
+    metric: str
+    fold: int
+    repeat: int
+    rows: Int[np.ndarray, " m"]
+    of: Metric
+
+
+@dataclass
+class Measured:
+    """Everything that was measured of a method: rows, the answers behind them, and what else must be said."""
+
+    rows: list[Row] = field(default_factory=list)
+    answers: list[Answers] = field(default_factory=list)
+    resamples: list[Resample] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def parts_of(splits: Splits, row_id: UInt64[np.ndarray, " n"]) -> tuple[Part, ...]:
+    """Every fold of every repeat."""
+    return tuple(
+        Part(fold, repeat, splits.part(row_id, fold, repeat))
+        for repeat in range(splits.repeats)
+        for fold in range(splits.folds)
+    )
+
+
+def measure(
+    method: Method,
+    task: Task,
+    parts: tuple[Part, ...],
+    *,
+    ks: tuple[int, ...] = (1, 5, 10, 20, 50, 100, 200),
+    seed: int = 0,
+    config_digest: str = "",
+    lambdas: tuple[float, ...] = LAMBDAS,
+) -> Measured:
+    """All regimes of one method under the given folds.
+
+    Args:
+        method: the representation.
+        task: the labels and their tree.
+        parts: of `parts_of`, at least one; the same for every method.
+        ks: numbers of neighbours to choose from on validation rows, those up to half the training rows.
+        seed: kept in the rows.
+        config_digest: kept in the rows.
+        lambdas: penalties to choose from on validation rows.
+
+    A fold in which a regime cannot be run, say with one class to train on, gives a row with a reason, never an error.
+    """
+    out, notes = Measured(), ProbeNotes()
+    keep = _Keeper(out, method.name, task, seed, config_digest)
+    for view in _views(method, task, parts):
+        for regime, run in (
+            ("probe", partial(regimes.probe, lambdas=lambdas, notes=notes)),
+            ("knn", partial(regimes.knn, ks=ks)),
+            ("prototype", regimes.prototype),
+        ):
+            keep.unable(regime, view)
+            keep.answers(*_timed(run, view))
+        keep.values("retrieval", *_timed(regimes.retrieval, view))
+        if task.has_levels:
+            keep.values("prototype", *_timed(regimes.violations, view))
+        if view.parts[0] is parts[0]:
+            keep.values("representation", *_timed(partial(regimes.health, parts=parts), view))
+    out.warnings += notes.warnings(method.name, len(lambdas))
+    return out
+
+
+def _views(method: Method, task: Task, parts: tuple[Part, ...]) -> Iterator[View]:
+    """All folds read the same features, unless these are fitted on the training rows of each fold."""
+    if not method.grey:
+        points = method.features if method.z is None else method.z
+        yield View(method.name, task, method.features, points, method.space, parts)
+        return
+    for part in parts:
+        features = baselines.fit_grey(method.features, part.of == TRAIN)
+        yield View(method.name, task, features, features, method.space, (part,))
+
+
+class _Keeper:
+    """Turns what was found into rows, each with its n, its patients and its share of the time."""
+
+    def __init__(self, out: Measured, method: str, task: Task, seed: int, config_digest: str) -> None:
+        self.out, self.method, self.task = out, method, task
+        self.seed, self.config_digest = seed, config_digest
+
+    def unable(self, regime: str, view: View) -> None:
+        for part in view.parts:
+            reason = regimes.cannot(part, self.task)
+            if reason:
+                self._row(regime, part, Value(PRIMARY, float("nan"), part.rows(TEST), reason), (0.0, 0.0))
+
+    def answers(self, found: list[Answered], seconds: Seconds) -> None:
+        for part, answered in found:
+            self.out.answers.append(answered)
+            for value in values(answered, self.task):
+                self._row(answered.regime, part, value, seconds)
+            for name, metric in resampled(answered, self.task).items():
+                self._resample(answered.regime, part, name, metric)
+
+    def values(self, regime: str, found: list[Found], seconds: Seconds) -> None:
+        for part, value, metric in found:
+            self._row(regime, part, value, seconds)
+            if metric is not None:
+                self._resample(regime, part, value.metric, metric)
+
+    def _resample(self, regime: str, part: Part, name: str, metric: Metric) -> None:
+        self.out.resamples.append(Resample(self.method, regime, name, part.fold, part.repeat, part.rows(TEST), metric))
+
+    def _row(self, regime: str, part: Part, value: Value, seconds: Seconds) -> None:
+        self.out.rows.append(
+            Row(
+                method=self.method,
+                regime=regime,
+                dataset=self.task.name,
+                metric=value.metric,
+                value=value.value,
+                n=len(value.rows),
+                n_patients=self.task.patients(value.rows),
+                fold=part.fold,
+                repeat=part.repeat,
+                seed=self.seed,
+                reason=value.reason,
+                config_digest=self.config_digest,
+                wall_seconds=seconds[0],
+                cpu_seconds=seconds[1],
+            )
+        )
+
+
+def _timed(run: Callable[[View], Iterator[T]], view: View) -> tuple[list[T], Seconds]:
+    """Everything that `run` yields, and the wall and CPU seconds of one fold."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    found = list(run(view))
+    folds = len(view.parts)
+    return found, ((time.perf_counter() - wall) / folds, (time.process_time() - cpu) / folds)

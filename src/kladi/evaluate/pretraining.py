@@ -1,0 +1,144 @@
+"""What a run folder says of the encoder: how it was trained, on which rows, and whether it may be tested on these.
+
+Everything is read from the files that training left; nothing that a file does not say is guessed, and what is unknown
+is said to be unknown.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from kladi.data.dataset import HELD_OUT, TEST, TRAIN, VAL, Dataset
+from kladi.learn import journal, run_folder
+from kladi.losses import geometry as spaces
+from kladi.models import backbones
+
+LABEL_FREE = frozenset({"simclr"})
+MOST_POINTS = 2000
+"""Points of the training curves that are kept."""
+_NO_CURVE = frozenset({"images", "waited", "seconds", "idle", "at_stop"})
+_NO_MONITOR = frozenset({"step", "epoch", "seconds", "waited", "lr", "images"})
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """How the encoder came to be.
+
+    objective: name of the preset or the user's own loss; "" where it is unknown.
+    supervised: whether it read labels (anything but view-only and metadata objectives; unknown ones are taken to).
+    reads_metadata: whether it read the metadata columns.
+    space: where its head's embeddings live.
+    seen: bool[n], rows of the data set that it was trained on, or whose patient it was; None where that is unknown.
+    epochs, images_seen, seed: of training, None where unknown.
+    curves, monitors: from its journal.
+    """
+
+    objective: str = ""
+    supervised: bool = True
+    reads_metadata: bool = False
+    space: spaces.Geometry = field(default_factory=lambda: spaces.named("sphere"))
+    seen: Bool[np.ndarray, " n"] | None = None
+    epochs: int | None = None
+    images_seen: int | None = None
+    seed: int | None = None
+    curves: tuple[Mapping[str, Any], ...] = ()
+    monitors: tuple[Mapping[str, Any], ...] = ()
+
+    def label_free_for(self, task: str) -> bool:
+        """Whether what the task asks was hidden from training: labels, or the metadata column that stands in."""
+        return not self.supervised and (task == "label" or not self.reads_metadata)
+
+
+def of_run(run: Path, dataset: Dataset) -> Pretraining:
+    """What a finished run says.
+
+    Raises:
+        UserError: the folder holds no finished encoder.
+    """
+    described = backbones.read_description(run)["kladi"]
+    objective = described.get("objective") or {}
+    name, args = str(objective.get("name", "")), dict(objective.get("args") or {})
+    lines = journal.read(run / "metrics.jsonl")
+    geometry = str(args.get("geometry", "sphere"))
+    epochs = described.get("epochs")
+    return Pretraining(
+        objective=name,
+        supervised=name not in LABEL_FREE | {"metadata"},
+        reads_metadata=name not in LABEL_FREE,
+        space=spaces.named(geometry, float(args.get("curvature", 0.1)), float(args.get("clip", 2.3))),
+        seen=seen_rows(run, dataset),
+        epochs=round(epochs) if isinstance(epochs, int | float) else None,
+        images_seen=sum(int(line["images"]) for line in lines if isinstance(line.get("images"), int)) or None,
+        seed=described.get("seed"),
+        curves=tuple(_curves(lines)),
+        monitors=tuple(_monitors(lines)),
+    )
+
+
+def seen_rows(run: Path, dataset: Dataset) -> Bool[np.ndarray, " n"] | None:
+    """Rows that the run was trained on, and all rows of their patients; None where the run kept no list.
+
+    A run lists every row that it began with, by id and fingerprint, and trained on those of the split TRAIN. Under the
+    same data digest the split is known. Otherwise a listed row counts as seen unless its fingerprint shows that it
+    stood in another split then: better to refuse a clean row than to test on a known one.
+    """
+    if not (run / "rows.safetensors").is_file():
+        return None
+    before = run_folder.read_rows(run)
+    listed = np.isin(dataset.row_id, before.row_id)
+    if _data_digest(run) == run_folder.digest(dataset):
+        seen = dataset.split == TRAIN
+    else:
+        kept_out = np.zeros(len(dataset), dtype=bool)
+        for split in (VAL, TEST, HELD_OUT):
+            then = dataclasses.replace(dataset, split=np.full_like(dataset.split, split))
+            kept_out |= _same_fingerprint(dataset, run_folder.Rows.of(then), before)
+        seen = listed & ~kept_out
+    return np.isin(dataset.group, dataset.group[seen])
+
+
+def _same_fingerprint(dataset: Dataset, now: run_folder.Rows, before: run_folder.Rows) -> np.ndarray:
+    """Whether each row of the data set has the fingerprint that the run wrote down for it."""
+    place = np.minimum(np.searchsorted(before.row_id, dataset.row_id), max(len(before.row_id) - 1, 0))
+    here = np.searchsorted(now.row_id, dataset.row_id)
+    return (before.row_id[place] == dataset.row_id) & (before.fingerprint[place] == now.fingerprint[here])
+
+
+def _data_digest(run: Path) -> str:
+    return str(backbones.read_description(run)["kladi"].get("data_digest", ""))
+
+
+def _curves(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of single steps, the share of idle anchors as one number a term, thinned evenly to 2,000."""
+    steps = [line for line in lines if "loss" in line]
+    stride = max(1, -(-len(steps) // MOST_POINTS))
+    out = []
+    for line in steps[::stride]:
+        point = {key: value for key, value in line.items() if key not in _NO_CURVE and _is_number(value)}
+        idle = line.get("idle")
+        if isinstance(idle, dict):
+            point |= {f"idle {term}": share for term, share in idle.items() if _is_number(share)}
+        out.append(point)
+    return out
+
+
+def _monitors(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Looks at the fixed rows: every number of a line that is no step."""
+    return [
+        {"step": line["step"], "metric": key, "value": float(value)}
+        for line in lines
+        if "loss" not in line
+        for key, value in line.items()
+        if key not in _NO_MONITOR and _is_number(value)
+    ]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)

@@ -1,0 +1,183 @@
+"""How a representation is asked: linear probe, votes of neighbours, retrieval, prototypes.
+
+Each regime takes a `View` (features and the folds that may read them) and yields what it found, fold by fold. Whatever
+is fitted is fitted on training rows, whatever is chosen is chosen on validation rows, and test rows are read once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Float32, Int
+
+from kladi.evaluate import metrics, neighbours
+from kladi.evaluate.answers import Answers, Task, Value, said
+from kladi.evaluate.bootstrap import Metric
+from kladi.evaluate.probe import choose, fit_probes
+from kladi.evaluate.splits import TEST, TRAIN, VAL
+from kladi.evaluate.weighted import mean
+from kladi.losses import geometry as spaces
+
+RECALLS = (1, 5, 10)
+HEALTH_ROWS = 2000
+"""Rows for the numbers of the representation itself, which cost a singular value decomposition."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One fold of one repeat: which part each row is in."""
+
+    fold: int
+    repeat: int
+    of: Int[np.ndarray, " n"]
+
+    def rows(self, part: int) -> Int[np.ndarray, " m"]:
+        return np.flatnonzero(self.of == part)
+
+
+@dataclass(frozen=True)
+class View:
+    """Features of one method and the folds that may read them.
+
+    features: what the probe, the votes and the retrieval read.
+    points: what the prototypes read, in `space`.
+    """
+
+    method: str
+    task: Task
+    features: Float32[np.ndarray, "n F"]
+    points: Float32[np.ndarray, "n D"]
+    space: spaces.Geometry
+    parts: tuple[Part, ...]
+
+    def target(self, rows: Int[np.ndarray, " m"]) -> Int[np.ndarray, " m"]:
+        return self.task.target[rows]
+
+    def able(self) -> list[Part]:
+        """The folds in which a classifier can be trained and tested."""
+        return [part for part in self.parts if not cannot(part, self.task)]
+
+
+@dataclass
+class ProbeNotes:
+    """What must be said of the probes: which penalty each fold chose, and how many were not solved."""
+
+    penalties: list[int] = field(default_factory=list)
+    unsolved: int = 0
+
+    def warnings(self, method: str, grid: int) -> list[str]:
+        """In words: over 20 % at an end of the grid of penalties; any problem short of the tolerance."""
+        found = []
+        ends = int(np.isin(self.penalties, (0, grid - 1)).sum())
+        if ends > 0.2 * len(self.penalties):
+            found.append(f"{method}: {ends} of {len(self.penalties)} probes chose a penalty at an end of the grid")
+        if self.unsolved:
+            found.append(f"{method}: {self.unsolved} probes did not reach the tolerance")
+        return found
+
+
+Answered = tuple[Part, Answers]
+Found = tuple[Part, Value, Metric | None]
+
+
+def cannot(part: Part, task: Task) -> str:
+    """Why no classifier can be trained or tested in this fold; empty where one can."""
+    if len(np.unique(task.target[part.rows(TRAIN)])) < 2:
+        return "fewer than two classes to train on"
+    return "" if len(part.rows(TEST)) else "no test rows"
+
+
+def probe(view: View, lambdas: tuple[float, ...], notes: ProbeNotes) -> Iterator[Answered]:
+    """Linear probes of all folds and penalties at once; the penalty of each fold is the best on its validation rows."""
+    parts = view.able()
+    if not parts:
+        return
+    train = np.stack([part.of == TRAIN for part in parts])
+    probes = fit_probes(view.features, view.task.target, train, lambdas=lambdas)
+    notes.unsolved += int((~probes.converged).sum())
+    for m, part in enumerate(parts):
+        numbers = range(m * len(lambdas), (m + 1) * len(lambdas))
+        val, test = part.rows(VAL), part.rows(TEST)
+        scores = np.array([[_score(probes.predict(view.features[val], p), view.target(val)) for p in numbers]])
+        best = int(choose(scores, probes.lambdas)[0])
+        notes.penalties.append(best)
+        log_p = probes.log_probabilities(view.features[test], numbers[best])
+        pred = probes.classes[log_p.argmax(axis=1)]
+        yield part, Answers(view.method, "probe", part.fold, part.repeat, test, pred, log_p, probes.classes)
+
+
+def knn(view: View, ks: tuple[int, ...]) -> Iterator[Answered]:
+    """Votes of the nearest training rows; k is the best on validation rows, of equals the larger."""
+    for part in view.able():
+        train, val, test = part.rows(TRAIN), part.rows(VAL), part.rows(TEST)
+        gallery, target = view.features[train], view.target(train)
+        classes = np.unique(target)
+        fitting = tuple(sorted(k for k in ks if k <= len(train) / 2)) or (1,)
+        best = fitting[-1]
+        if len(val) and len(fitting) > 1:
+            _, winners = neighbours.knn_scores(view.features[val], gallery, target, classes, fitting)
+            scores = [_score(winners[i], view.target(val)) for i in range(len(fitting))]
+            best = fitting[len(scores) - 1 - int(np.argmax(scores[::-1]))]
+        votes, winners = neighbours.knn_scores(view.features[test], gallery, target, classes, (best,))
+        yield part, Answers(view.method, "knn", part.fold, part.repeat, test, winners[0], votes[0], classes)
+
+
+def prototype(view: View) -> Iterator[Answered]:
+    """Nearest class mean of the training rows, in the geometry of the run."""
+    for part in view.able():
+        train, test = part.rows(TRAIN), part.rows(TEST)
+        distance, classes = neighbours.nearest_prototype(
+            view.points[test], view.points[train], view.target(train), space=view.space
+        )
+        pred = classes[distance.argmin(axis=1)]
+        yield part, Answers(view.method, "prototype", part.fold, part.repeat, test, pred, None, classes)
+
+
+def retrieval(view: View) -> Iterator[Found]:
+    """Queries are the test rows, the gallery the training rows; a query without a match in it is left out."""
+    for part in view.parts:
+        train, test = part.rows(TRAIN), part.rows(TEST)
+        found = neighbours.retrieve(view.features[test], view.target(test), view.features[train], view.target(train))
+        there = found.matched
+        reason = "" if there.any() else f"none of {len(test)} queries has a match in the gallery"
+        hits = {f"recall_at_{k}": (found.rank < k).astype(np.float64) for k in RECALLS}
+        for name, hit in {**hits, "mean_average_precision": found.average_precision}.items():
+            value = float(hit[there].mean()) if there.any() else float("nan")
+            yield part, Value(name, value, test[there], reason), mean(hit, there)
+
+
+def violations(view: View) -> Iterator[Found]:
+    """Parent violation rate, over all rows and at each depth, against prototypes of the training rows."""
+    tax, space, points = view.task.taxonomy, view.space, view.points
+    curvature, clip = (space.curvature, space.clip) if isinstance(space, spaces.PoincareBall) else (0.1, 2.3)
+    depth = tax.depth
+    for part in view.parts:
+        train, test = part.rows(TRAIN), part.rows(TEST)
+        true = view.target(test)
+        known = metrics.node_prototypes(points[train], view.target(train), tax, space.name, curvature, clip)
+        levels = {"parent_violation_rate": depth[true] - 1}
+        levels |= {f"violation_rate_{level}": np.full(len(true), level) for level in range(1, int(depth.max()) + 1)}
+        for name, level in levels.items():
+            violated, counted = metrics.violations(points[test], true, tax, level, space.name, known, curvature, clip)
+            value = float(violated[counted].mean()) if counted.any() else float("nan")
+            reason = "" if counted.any() else "no row has a prototype of its own and a rival at this depth"
+            found = mean(violated.astype(np.float64), counted) if name == "parent_violation_rate" else None
+            yield part, Value(name, value, test[counted], reason), found
+
+
+def health(view: View, parts: tuple[Part, ...]) -> Iterator[Found]:
+    """Numbers of the representation itself, on the rows that are tested in the first repeat (2,000 at most)."""
+    tested = np.any([part.of == TEST for part in parts if part.repeat == 0], axis=0)
+    rows = np.flatnonzero(tested)[:HEALTH_ROWS]
+    features = view.features[rows]
+    found = metrics.representation_health(features) if len(rows) else {}
+    found["uniformity"] = said(lambda: metrics.uniformity(features))[0]
+    for name, value in found.items():
+        yield parts[0], Value(name, value, rows, "" if np.isfinite(value) else "too few rows"), None
+
+
+def _score(pred: Int[np.ndarray, " m"], true: Int[np.ndarray, " m"]) -> float:
+    """The primary metric; nan without rows."""
+    return said(lambda: metrics.balanced_accuracy(pred, true))[0]
