@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int, Int64
@@ -49,6 +49,10 @@ class LabelSets:
     weight: Float64[np.ndarray, " G"]
     readings: Mapping[str, cells.Reading] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for array in (self.class_id, self.class_known, self.weight):
+            array.flags.writeable = False
+
     @classmethod
     def from_columns(
         cls,
@@ -57,7 +61,7 @@ class LabelSets:
         weights: Mapping[str, float] | None = None,
         synonyms: Synonyms | Mapping[str, Mapping[str, Sequence[str]]] | None = None,
         taxonomies: Mapping[str, Taxonomy] | None = None,
-        unmapped: Literal["own", "unknown", "error"] = "own",
+        unmapped: str = "own",
         loose: Iterable[str] = (),
         rungs: Mapping[str, Sequence[str | None]] | None = None,
     ) -> LabelSets:
@@ -154,7 +158,9 @@ class LabelSets:
         }
         sets = tuple(self.sets[u] for u in used)
         known = self.class_known[used]
-        return LabelSets(self.attributes, self.labels, class_id.astype(np.int64), sets, known, self.weight, readings)
+        return LabelSets(
+            self.attributes, self.labels, class_id.astype(np.int64), sets, known, self.weight.copy(), readings
+        )
 
     @cached_property
     def digest(self) -> str:
@@ -176,7 +182,7 @@ class LabelSets:
     # --- similarity ------------------------------------------------------------------------------------------------
 
     def similarity(
-        self, *, coverage_discount: bool = True, unknown_pairs: Literal["keep", "drop"] = "keep"
+        self, *, coverage_discount: bool = True, unknown_pairs: str = "keep"
     ) -> tuple[Int64[np.ndarray, " n"], Float64[np.ndarray, "U U"], Bool[np.ndarray, "U U"]]:
         """What each row is, and how much any two kinds of row share: the target and the table of the loss.
 
@@ -205,7 +211,7 @@ class LabelSets:
             )
         every = np.arange(len(self.sets))
         table, comparable = self.table(every, every, coverage_discount=coverage_discount, unknown_pairs=unknown_pairs)
-        return self.class_id, table, comparable
+        return self.class_id.copy(), table, comparable
 
     def table(
         self,
@@ -213,7 +219,7 @@ class LabelSets:
         b: Int[np.ndarray, " b"],
         *,
         coverage_discount: bool = True,
-        unknown_pairs: Literal["keep", "drop"] = "keep",
+        unknown_pairs: str = "keep",
     ) -> tuple[Float64[np.ndarray, "a b"], Bool[np.ndarray, "a b"]]:
         """`similarity` between some classes and some others. Same arguments and meaning."""
         if unknown_pairs not in ("keep", "drop"):

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, SupportsIndex
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
@@ -238,9 +239,9 @@ class Taxonomy:
                 below[p].append(node)
         return tuple(tuple(nodes) for nodes in below)
 
-    def ancestors(self, node: int) -> Int64[np.ndarray, " k"]:
+    def ancestors(self, node: SupportsIndex) -> Int64[np.ndarray, " k"]:
         """The node and all nodes above it, int64, ascending (so the node itself is last)."""
-        waiting = _node_ids([node], len(self)).tolist()
+        waiting = _node_ids([operator.index(node)], len(self)).tolist()
         found = set(waiting)
         while waiting:
             new = [p for p in self.parents[waiting.pop()] if p not in found]
@@ -317,11 +318,11 @@ class Taxonomy:
                 names = ", ".join(f'"{self.names[p]}"' for p in above)
                 raise UserError(f'this needs a tree, but node "{self.names[node]}" has {len(above)} parents: {names}')
 
-    def projected(self, parent: Literal["first", "longest"]) -> Taxonomy:
+    def projected(self, parent: str) -> Taxonomy:
         """A tree: each node keeps one of its parents and forgets the others.
 
-        "first" keeps the first in canonical order (the one nearest the root, ties by name), "longest" the deepest (ties
-        by name), so that depths stay. Equal to itself on a tree.
+        parent="first" keeps the first in canonical order (the one nearest the root, ties by name); "longest" keeps the
+        deepest (ties by name), so that depths stay. A tree stays what it is.
         """
         if parent not in ("first", "longest"):
             raise ValueError(f'parent="{parent}" is neither "first" nor "longest"')
