@@ -93,7 +93,7 @@ def save(run: Path, snapshot: Snapshot, keep: int = KEEP) -> Path:
         raise RunStopped(_no_space(run, snapshot, error)) from error
     except Broken as error:
         _remove(final)
-        raise RunStopped(f"{run}: the disk did not keep the checkpoint of step {snapshot.step:,} ({error})") from error
+        raise RunStopped(f"the disk did not keep the checkpoint of step {snapshot.step:,} ({error})") from error
     for old in _folders(run)[:-keep]:
         _remove(old)
     return final
@@ -116,6 +116,15 @@ def newest(run: Path) -> Found | None:
     if faults:
         raise UserError(f"{run}: no checkpoint can be used: {'; '.join(faults)}; start anew in another folder")
     return None
+
+
+def last_good(run: Path) -> str:
+    """`last good checkpoint step-00000100`, to end a message with."""
+    try:
+        found = newest(run)
+    except UserError:
+        found = None
+    return f"last good checkpoint {found.folder.name}" if found else "no checkpoint was written before"
 
 
 def read(folder: Path, model: Mapping[str, Promise], train: Mapping[str, Promise] | None = None) -> Snapshot:
@@ -220,9 +229,9 @@ def check_space(run: Path, snapshot: Snapshot, keep: int = KEEP) -> None:
         weights.write(run / "probe", b"probe")
         (run / "probe").unlink()
     except OSError as error:
-        raise RunStopped(f"{run} cannot be written ({error.strerror})") from error
+        raise RunStopped(f"the folder cannot be written ({error.strerror})") from error
     if free < needed:
-        raise RunStopped(f"{run}: checkpoints need {needed:,} bytes, {free:,} are free; nothing was trained")
+        raise RunStopped(f"checkpoints need {needed:,} bytes, {free:,} are free; nothing was trained")
 
 
 def _write_folder(folder: Path, snapshot: Snapshot) -> None:
@@ -295,9 +304,7 @@ def _no_space(run: Path, snapshot: Snapshot, error: OSError) -> str:
         free = f"{shutil.disk_usage(run).free:,} are free"
     except OSError:
         free = "the folder cannot be asked for its space"
-    kept = _folders(run)
-    last = f"last good checkpoint {kept[-1].name}" if kept else "no checkpoint was written before"
     return (
-        f"{run}: checkpoint of step {snapshot.step:,} could not be written ({error.strerror or error}); "
-        f"it needs {snapshot.size():,} bytes, {free}; {last}"
+        f"the checkpoint of step {snapshot.step:,} could not be written ({error.strerror or error}); "
+        f"it needs {snapshot.size():,} bytes, {free}; {last_good(run)}"
     )

@@ -1,0 +1,279 @@
+"""The loop. `fit` reads from top to bottom: build, open the run folder, go through the epochs, export the encoder.
+
+A run is a function of (data, configuration): the order of rows, the views, the learning rate and the random numbers
+inside the model all follow from the seed and the step, so that a run that was killed goes on to the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Generator, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from kladi import config as settings
+from kladi.data.batch import Batch
+from kladi.data.dataset import Dataset
+from kladi.errors import RunStopped, UserError
+from kladi.learn import checkpoint, diagnosis, lock, monitors, run_folder, signals, training
+from kladi.learn.console import Lines
+from kladi.learn.journal import Journal
+from kladi.learn.log import Log
+from kladi.learn.training import Training, learning_rate, seed_of
+from kladi.models import backbones
+
+SAVE_SECONDS = 60.0
+"""Without `train.checkpoint_steps`, the end of an epoch saves only if the last save is so long ago."""
+LOOK_STEPS = 50
+"""Looks at the fixed rows are at least so many steps apart, at ends of epochs."""
+FIRST_LOOK = 20
+"""Before so many steps batch statistics have not settled, and what evaluation mode shows means nothing."""
+
+
+def fit(
+    dataset: Dataset,
+    config: settings.Config,
+    run: str | Path,
+    resume: bool = False,
+    progress: Lines | None = None,
+    *,
+    force_unlock: bool = False,
+    notes: Mapping[str, Any] | None = None,
+) -> None:
+    """Train an encoder and leave it in a run folder.
+
+    Args:
+        dataset: its TRAIN rows are trained on.
+        config: all of it but `evaluate`.
+        run: a new or empty folder; with `resume`, one that a run stopped in.
+        resume: go on from the newest intact checkpoint, to the same bits.
+        progress: what a person sees; None: lines on stderr. `console.Silent()` shows nothing.
+        force_unlock: take over a lock whose machine is gone.
+        notes: further entries for data.json, e.g. rows that were left out, by id and reason. No paths.
+
+    Raises:
+        UserError: a mistake in configuration or data, a folder that is not empty or in use, or a resume with another
+            configuration, other data or only damaged checkpoints.
+        RunStopped: disk, memory, a number that is not finite, or a collapse under `train.stop_on_collapse`; the message
+            names the last good checkpoint.
+        KeyboardInterrupt, SystemExit: INT and TERM, after saving.
+    """
+    run = Path(run)
+    if resume and not run.is_dir():
+        raise UserError(f"--resume: there is no {run}; leave --resume out to begin there")
+    with _repeatable(config.train) as fabric:
+        torch.manual_seed(seed_of(config.train.seed, "init"))
+        t = training.assemble(dataset, config, fabric)  # nothing is written before all of this stands
+        match = backbones.load_weights(t.encoder, config.init.weights) if config.init.weights and not resume else None
+        run_folder.make(run)
+        with lock.held(run, force_unlock), signals.heard() as requests, _worded(run, config):
+            found = None
+            if resume:
+                found = _found(t, run)
+            else:
+                run_folder.require_empty(run)
+            with Log(run, progress or Lines(), config.train.tensorboard) as log:
+                log.data(dataset, t.objective)
+                log.say("loss", f"{config.objective.name} = {_formula(t.objective.weights)}")
+                if match is not None:
+                    log.say("weights", str(match))
+                if found is None:
+                    run_folder.begin(run, config, dataset, notes or {}, fabric.device)
+                    checkpoint.check_space(run, training.snapshot(t))
+                else:
+                    _go_on(t, run, found, log)
+                with Journal(run / "metrics.jsonl", t.step) as journal:
+                    _train(t, run, journal, log, requests)
+                training.export(t, run)
+                log.done(t)
+
+
+def _train(t: Training, run: Path, journal: Journal, log: Log, requests: signals.Requests) -> None:
+    """Every step from where the training is to its last."""
+    rows = monitors.fixed_rows(t.dataset, t.config.train.seed)
+    saved, saved_at, collapsed = t.step, time.monotonic(), ""
+    log.start(t, [] if t.at_epoch_end else journal.epoch(t.epoch))
+    with contextlib.closing(_batches(t)) as batches:
+        for batch, waited in batches:
+            line = _step(t, batch, run, waited)
+            journal.write(line)
+            log.step(line)
+            if t.at_epoch_end:
+                collapsed = _end_epoch(t, rows, journal, log)
+            stopping = bool(requests.stop or collapsed) or t.step == t.last
+            if stopping or requests.save or _due(t, time.monotonic() - saved_at):
+                journal.sync()
+                checkpoint.save(run, training.snapshot(t))
+                saved, saved_at, requests.save = t.step, time.monotonic(), False
+            if collapsed:
+                raise RunStopped(collapsed)
+            if requests.stop and t.step < t.last:
+                log.say("saved", f"step {saved:,} (verified); go on with the same command and --resume")
+                requests.leave()
+    if not t.at_epoch_end:
+        journal.write({**_look(t, rows), "at_stop": True})
+
+
+def _step(t: Training, batch: Batch, run: Path, waited: float) -> dict[str, Any]:
+    """One step, and its line of the journal."""
+    start, train, epoch = time.monotonic(), t.config.train, t.epoch
+    rate = learning_rate(t.step, t.steps, train.lr, train.warmup)
+    for group in t.optimizer.param_groups:
+        group["lr"] = rate
+    torch.manual_seed(seed_of(train.seed, "step", t.step))
+    with t.fabric.autocast():
+        terms = t.objective(batch)
+    loss = t.objective.total(terms)
+    t.fabric.backward(loss)
+    norm = t.fabric.clip_gradients(t.objective, t.optimizer, max_norm=train.clip or math.inf, error_if_nonfinite=False)
+    if norm is None or not diagnosis.is_finite(terms, norm):
+        raise _not_finite(t, batch, terms, norm, run)
+    t.optimizer.step()
+    t.optimizer.zero_grad()
+    t.step += 1
+    return {
+        "step": t.step,
+        "epoch": epoch,
+        "loss": loss.item(),
+        **{name: term.item() for name, term in terms.items()},
+        "idle": dict(t.objective.idle),
+        "lr": rate,
+        "grad_norm": norm.item(),
+        "images": len(batch.row),
+        "seconds": waited + time.monotonic() - start,
+        "waited": waited,
+    }
+
+
+def _batches(t: Training) -> Generator[tuple[Batch, float]]:
+    """The batches of all epochs from the training's step to its last, each with the seconds that were waited for it."""
+    while t.step < t.last:
+        ahead: Any = t.loader.epoch(t.epoch - 1, t.step % t.loader.steps)
+        with contextlib.closing(ahead) as batches:  # which ends the loader's threads
+            while True:
+                start = time.monotonic()
+                batch = next(batches, None)
+                if batch is None:
+                    break
+                yield batch, time.monotonic() - start
+                if t.step >= t.last:
+                    return
+
+
+def _end_epoch(t: Training, rows: Int[np.ndarray, " m"], journal: Journal, log: Log) -> str:
+    """A row of the table; now and then a look at the fixed rows. Returns why the run must stop, "" if it need not."""
+    epoch, alarm = t.step // t.loader.steps, ""
+    every = -(-LOOK_STEPS // t.loader.steps)
+    first = epoch == 1 and t.step >= FIRST_LOOK
+    if first or epoch % every == 0 or epoch == t.config.train.epochs:
+        journal.write(_look(t, rows))
+        if t.low == monitors.IN_A_ROW:
+            alarm = log.alarm(t, epoch)
+    log.epoch(t)
+    return alarm if t.config.train.stop_on_collapse else ""
+
+
+def _look(t: Training, rows: Int[np.ndarray, " m"]) -> dict[str, Any]:
+    """How the embedding fills its space now, as a line of the journal."""
+    z = monitors.embeddings(t.encoder, t.objective.projector, t.dataset, rows, t.config.intensity, t.fabric.device)
+    t.spread = monitors.spread(z)
+    t.low = t.low + 1 if t.spread.collapsed else 0
+    epoch = -(-t.step // t.loader.steps)
+    alarm = t.low >= monitors.IN_A_ROW
+    return {"step": t.step, "epoch": epoch, "std": t.spread.std, "rank": t.spread.rank, "alarm": alarm}
+
+
+def _due(t: Training, since: float) -> bool:
+    """Whether to save after this step, `since` seconds after the last save."""
+    every = t.config.train.checkpoint_steps
+    return t.step % every == 0 if every else t.at_epoch_end and since >= SAVE_SECONDS
+
+
+def _not_finite(t: Training, batch: Batch, terms: Mapping[str, Tensor], norm: Tensor | None, run: Path) -> RunStopped:
+    """Find out what went wrong in a step that must not be taken, keep that, and word it."""
+    torch.manual_seed(seed_of(t.config.train.seed, "step", t.step))
+    with t.fabric.autocast():
+        found = diagnosis.examine(
+            t.objective, batch, t.dataset, terms, torch.tensor(math.nan) if norm is None else norm
+        )
+    lr = t.optimizer.param_groups[0]["lr"]
+    file = diagnosis.write(run, t.step + 1, {"epoch": t.epoch, "lr": lr, **found})
+    return RunStopped(f"step {t.step + 1:,}: {diagnosis.sentence(found)}; details in {file.name}")
+
+
+# --- around the loop ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _repeatable(train: settings.Train) -> Iterator[Fabric]:
+    """Device and precision; torch's generators and switches are the caller's own again afterwards."""
+    if train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by the first CUDA call
+    fabric = training.device(train)
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    devices = [fabric.device.index or 0] if fabric.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        if train.deterministic:
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False
+        try:
+            yield fabric
+        finally:
+            torch.use_deterministic_algorithms(before[0])
+            torch.backends.cudnn.benchmark = before[1]
+
+
+def _found(t: Training, run: Path) -> checkpoint.Found | None:
+    """The checkpoint to go on from; None where the run was stopped before its first."""
+    if not run_folder.begun(run):
+        if (run / "checkpoints").is_dir():
+            raise UserError(f"--resume: {run} has checkpoints but no config.toml; it is no run of kladi's")
+        return None
+    run_folder.require_same(run, t.config, t.dataset)
+    return checkpoint.newest(run)
+
+
+def _go_on(t: Training, run: Path, found: checkpoint.Found, log: Log) -> None:
+    """Put the checkpoint's state into the training, and say whatever is not as it was."""
+    for notice in found.notices:
+        log.say("notice", f"{notice}; going on from {found.folder.name}")
+    difference = run_folder.not_the_same_bits(run, t.fabric.device)
+    if difference:
+        log.say("notice", difference)
+    training.restore(t, found.folder)
+    checkpoint.clean(run, found.folder)
+    log.say("resume", f"from step {t.step:,} of {t.steps:,}")
+
+
+@contextlib.contextmanager
+def _worded(run: Path, config: settings.Config) -> Iterator[None]:
+    """An outside cause becomes RunStopped, with the checkpoint that remains; a fault of ours stays what it is."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, MemoryError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+            half = max(1, config.train.batch // 2)
+            text = f"out of memory with --train.batch {config.train.batch}; --train.batch {half} needs about half"
+        elif isinstance(error, OSError):
+            text = f"cannot be read or written ({error.strerror or error})"
+        elif not isinstance(error, RunStopped):
+            raise
+        kept = "" if "last good checkpoint" in text else f"; {checkpoint.last_good(run)}"
+        raise RunStopped(f"{run}: {text}{kept}") from error
+
+
+def _formula(parts: Mapping[str, float]) -> str:
+    """`hwc + 0.5 lam`."""
+    return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in parts.items())

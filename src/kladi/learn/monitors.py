@@ -1,0 +1,84 @@
+"""Does the embedding still spread? Effective rank and standard deviation on fixed rows, and the alarm of a collapse."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from kladi import config as settings
+from kladi.data import augment, philox
+from kladi.data.dataset import TRAIN, Dataset
+
+ROWS = 512
+LEAST_RANK, LEAST_STD = 2.0, 0.05
+IN_A_ROW = 2
+"""So many evaluations in a row below a limit raise the alarm."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a cloud of embeddings fills its space.
+
+    rank: exp(-sum p log p) of the singular values of the centred embeddings: the number of dimensions really used.
+    std: mean over dimensions j of sqrt(D) std_j(z / ||z||); 1 for directions spread evenly, 0 for a collapsed encoder.
+    """
+
+    rank: float
+    std: float
+
+    @property
+    def collapsed(self) -> bool:
+        return not (self.rank >= LEAST_RANK and self.std >= LEAST_STD)
+
+
+def fixed_rows(dataset: Dataset, seed: int) -> Int[np.ndarray, " m"]:
+    """The training rows that every evaluation of a run looks at, at most 512: the same in any order of the data."""
+    rows = np.flatnonzero(dataset.split == TRAIN)
+    drawn = philox.uniform(seed, "monitor", dataset.row_id[rows], 0, 0, 0)
+    return np.sort(rows[np.argsort(drawn, kind="stable")[:ROWS]])
+
+
+def spread(z: Float[Tensor, "n D"]) -> Spread:
+    """Both numbers, in float64; zeros for fewer than two rows or embeddings that are not finite."""
+    x = z.double().cpu()
+    if len(x) < 2 or not bool(torch.isfinite(x).all()):
+        return Spread(0.0, 0.0)
+    centred = x - x.mean(0)
+    sigma = torch.linalg.svdvals(centred)
+    # Equal rows leave rounding dust after centring, and dust has full rank.
+    sigma = sigma[sigma > max(x.shape) * torch.finfo(torch.float64).eps * x.abs().max()]
+    p = sigma / sigma.sum()
+    rank = float(torch.exp(-(p * p.log()).sum())) if len(sigma) else 0.0
+    unit = x / x.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    std = math.sqrt(x.shape[1]) * float(unit.std(0, correction=0).mean())
+    return Spread(rank, std)
+
+
+@torch.no_grad()
+def embeddings(
+    encoder: nn.Module,
+    projector: nn.Module,
+    dataset: Dataset,
+    rows: Int[np.ndarray, " m"],
+    intensity: settings.Intensity,
+    device: torch.device,
+    batch: int = 128,
+) -> Float[Tensor, "m D"]:
+    """z of whole, unaugmented images in evaluation mode; the modules' own modes are restored."""
+    modules = (encoder, projector)
+    training = [module.training for module in modules]
+    for module in modules:
+        module.eval()
+    parts = []
+    for start in range(0, len(rows), batch):
+        index = rows[start : start + batch]
+        pixels = torch.from_numpy(dataset.store.gather(index)).to(device)
+        parts.append(projector(encoder(augment.plain(pixels, dataset.store.extent[index], intensity))).float().cpu())
+    for module, was_training in zip(modules, training, strict=True):
+        module.train(was_training)
+    return torch.cat(parts)

@@ -1,0 +1,265 @@
+"""What a run keeps beside its checkpoints, so that it explains itself, moves between machines and is never mixed up.
+
+config.toml          every setting; paths are replaced by the copies below, because a path may carry a name
+taxonomy.json        the label tree; synonyms.toml: the user's synonyms, where there were any
+environment.json     versions, device, threads
+data.json            digests and counts
+rows.safetensors     id and fingerprint of each row, to say at a resume which rows changed
+metrics.jsonl, log.txt, checkpoints/, lock
+model.safetensors, config.json, head.safetensors    once training has finished
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning_fabric
+import numpy as np
+import safetensors
+import timm
+import torch
+from jaxtyping import UInt64
+
+import kladi
+from kladi import config as settings
+from kladi.data.dataset import HELD_OUT, TEST, TRAIN, VAL, Dataset
+from kladi.errors import RunStopped, UserError
+from kladi.models import weights
+
+MAY_CHANGE = {
+    "train.workers",
+    "train.tensorboard",
+    "train.checkpoint_steps",
+    "train.max_steps",
+    "train.stop_on_collapse",
+    "data.store",
+    "data.key",
+    "init.weights",
+}
+"""Keys that have no say in the numbers of a resumed run; `evaluate.*` and the index of a device neither."""
+BITS = ("torch", "device", "threads", "kladi", "timm")
+"""Facts of the environment that decide whether a resumed run has the same bits."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One entry a row, sorted by id. fingerprint: 64 bits over decoded pixels, split, label and metadata."""
+
+    row_id: UInt64[np.ndarray, " n"]
+    fingerprint: UInt64[np.ndarray, " n"]
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> Rows:
+        order = np.argsort(dataset.row_id)
+        numbers = (dataset.store.pixel_digest, dataset.split, dataset.target)
+        facts = [np.ascontiguousarray(column[:, None]).view(np.uint8) for column in numbers]
+        if dataset.label_sets is not None:
+            facts += [dataset.label_sets.values.view(np.uint8), dataset.label_sets.known.view(np.uint8)]
+        table = np.ascontiguousarray(np.concatenate(facts, axis=1)[order])
+        digests = [int.from_bytes(hashlib.blake2b(row.tobytes(), digest_size=8).digest(), "little") for row in table]
+        return cls(dataset.row_id[order], np.array(digests, dtype=np.uint64))
+
+    def digest(self) -> str:
+        return hashlib.sha256(
+            self.row_id.astype("<u8").tobytes() + self.fingerprint.astype("<u8").tobytes()
+        ).hexdigest()
+
+    def difference(self, now: Rows) -> str:
+        """`3 rows added, 1 removed, 2 changed`; empty where all are equal."""
+        added = int((~np.isin(now.row_id, self.row_id)).sum())
+        removed = int((~np.isin(self.row_id, now.row_id)).sum())
+        _, here, there = np.intersect1d(self.row_id, now.row_id, return_indices=True)
+        changed = int((self.fingerprint[here] != now.fingerprint[there]).sum())
+        counts = {"added": added, "removed": removed, "changed": changed}
+        return ", ".join(f"{count:,} rows {what}" for what, count in counts.items() if count)
+
+
+def make(run: Path) -> None:
+    """The folder itself, readable by its owner only.
+
+    Raises:
+        UserError: a file of that name exists.
+        RunStopped: it cannot be made.
+    """
+    try:
+        run.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(PermissionError):  # somebody else's folder that we may write to
+            run.chmod(0o700)
+    except FileExistsError as error:
+        raise UserError(f"{run} is a file; --out takes a folder") from error
+    except OSError as error:
+        raise RunStopped(f"{run} cannot be made ({error.strerror})") from error
+
+
+def require_empty(run: Path) -> None:
+    """A new run starts in an empty folder; call this with the lock held.
+
+    Raises:
+        UserError: it is not empty.
+    """
+    names = sorted(path.name for path in run.iterdir() if path.name != "lock" and not path.name.startswith(".tmp-"))
+    if names:
+        what = "go on with the same command and --resume, or" if (run / "config.toml").is_file() else ""
+        raise UserError(f"{run} is not empty (it holds {names[0]}); {what + ' ' if what else ''}give another --out")
+
+
+def begin(run: Path, config: settings.Config, dataset: Dataset, notes: Mapping[str, Any], device: torch.device) -> None:
+    """Write everything that is known before the first step; `config.toml` last, as the sign that all is there."""
+    if dataset.taxonomy is not None:
+        dataset.taxonomy.write(run / "taxonomy.json")
+        (run / "taxonomy.json").chmod(0o600)
+    if config.data.synonyms:
+        weights.write(run / "synonyms.toml", Path(config.data.synonyms).read_bytes())
+    rows = Rows.of(dataset)
+    tensors = {
+        "row_id": torch.from_numpy(rows.row_id.view(np.int64)),
+        "fingerprint": torch.from_numpy(rows.fingerprint.view(np.int64)),
+    }
+    weights.write(run / "rows.safetensors", weights.to_bytes(tensors))
+    weights.write(run / "environment.json", _json(environment(device)))
+    weights.write(run / "data.json", _json({**describe(dataset), **notes}))
+    weights.write(run / "config.toml", settings.to_toml(portable(config)))
+
+
+def begun(run: Path) -> bool:
+    """Whether `begin` came to its end here."""
+    return (run / "config.toml").is_file()
+
+
+def require_same(run: Path, config: settings.Config, dataset: Dataset) -> None:
+    """A resumed run has the configuration and the data that it began with.
+
+    Raises:
+        UserError: it has not; every difference is named.
+    """
+    before, now = _flat(settings.read(run / "config.toml")), _flat(portable(config))
+    changed = [
+        f"{key} was {before[key]!r}, is now {now[key]!r}"
+        for key in now
+        if before.get(key) != now[key] and not _may_change(key, before.get(key), now[key])
+    ]
+    if changed:
+        raise UserError(
+            "--resume: the configuration has changed: " + "; ".join(changed) + "; --out ANOTHER starts anew"
+        )
+    described = _read_json(run / "data.json")
+    tree = None if dataset.taxonomy is None else dataset.taxonomy.digest
+    if described.get("taxonomy_digest") != tree:
+        raise UserError("--resume: the label tree is another one than this run began with; --out ANOTHER starts anew")
+    difference = read_rows(run).difference(Rows.of(dataset))
+    if difference:
+        raise UserError(f"--resume: the data have changed: {difference}; --out ANOTHER starts anew")
+    if described.get("digest") != digest(dataset):
+        raise UserError("--resume: the metadata columns are others than this run began with; --out ANOTHER starts anew")
+
+
+def not_the_same_bits(run: Path, device: torch.device) -> str:
+    """What differs from the machine that the run began on, as a sentence; empty where the bits will be the same."""
+    before = _read_json(run / "environment.json")
+    now = environment(device)
+    changed = [f"{key} {before.get(key)} -> {now[key]}" for key in BITS if before.get(key) != now[key]]
+    return f"not bitwise the same from here on: {', '.join(changed)}" if changed else ""
+
+
+def read_config(run: Path) -> settings.Config:
+    """The configuration of a run, with its label tree and synonyms found inside the run folder.
+
+    Raises:
+        UserError: no such file, or damaged.
+    """
+    if not begun(run):
+        raise UserError(f"{run} is not a run: it holds no config.toml")
+    config = settings.read(run / "config.toml")
+    named = {"data.taxonomy": config.data.taxonomy, "data.synonyms": config.data.synonyms}
+    return settings.override(config, {key: str(run / name) for key, name in named.items() if name})
+
+
+def read_rows(run: Path) -> Rows:
+    """The rows that the run began with."""
+    tensors = {name: tensor.numpy().view(np.uint64) for name, tensor in weights.read(run / "rows.safetensors").items()}
+    return Rows(tensors["row_id"], tensors["fingerprint"])
+
+
+def portable(config: settings.Config) -> settings.Config:
+    """The configuration without paths: files that the run copied are named as in the run folder, others not at all."""
+    data = dataclasses.replace(
+        config.data,
+        taxonomy="taxonomy.json" if config.data.taxonomy else "",
+        synonyms="synonyms.toml" if config.data.synonyms else "",
+        key="",
+        store="",
+    )
+    file, colon, name = config.objective.name.rpartition(":")
+    objective = dataclasses.replace(config.objective, name=f"{Path(file).name}{colon}{name}")
+    return dataclasses.replace(config, data=data, objective=objective, init=settings.Init())
+
+
+def digest(dataset: Dataset) -> str:
+    """Over what decides the numbers of a run: pixels, splits, labels, tree and metadata; not the order of the rows."""
+    tree = "" if dataset.taxonomy is None else dataset.taxonomy.digest
+    names = "" if dataset.label_sets is None else json.dumps([dataset.label_sets.attributes, dataset.label_sets.labels])
+    return hashlib.sha256(
+        "\n".join([Rows.of(dataset).digest(), dataset.store.digest, tree, names]).encode()
+    ).hexdigest()
+
+
+def describe(dataset: Dataset) -> dict[str, Any]:
+    """Digests and counts; no path, no id of a person."""
+    splits = {"train": TRAIN, "val": VAL, "test": TEST, "held_out": HELD_OUT}
+    return {
+        "digest": digest(dataset),
+        "taxonomy_digest": None if dataset.taxonomy is None else dataset.taxonomy.digest,
+        "images": len(dataset),
+        "patients": len(np.unique(dataset.group)) if dataset.has_patients else None,
+        "splits": {name: int((dataset.split == number).sum()) for name, number in splits.items()},
+        "labelled": int((dataset.target >= 0).sum()),
+        "metadata": [] if dataset.label_sets is None else list(dataset.label_sets.attributes),
+    }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and machine, without the names of either person or host."""
+    return {
+        "kladi": kladi.__version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "lightning_fabric": lightning_fabric.__version__,
+        "numpy": np.__version__,
+        "safetensors": safetensors.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+    }
+
+
+def _may_change(key: str, before: Any, now: Any) -> bool:
+    if key == "train.device":
+        return str(before).partition(":")[0] == str(now).partition(":")[0]
+    return key in MAY_CHANGE or key.startswith("evaluate.")
+
+
+def _flat(config: settings.Config) -> dict[str, Any]:
+    return {f"{s}.{k}": v for s, table in settings.to_dict(config).items() for k, v in table.items()}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged or missing; --out ANOTHER starts anew") from error
+    return dict(content)
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"

@@ -1,0 +1,206 @@
+"""What a run is made of, before its first step and after its last: built from a configuration, saved, exported."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch.optim import SGD, AdamW, Optimizer
+
+from kladi import config as settings
+from kladi.data.dataset import Dataset
+from kladi.data.loader import Loader
+from kladi.errors import UserError, suggestion
+from kladi.learn import checkpoint, monitors, objectives, run_folder, state
+from kladi.models import backbones, weights
+from kladi.models.heads import Projector
+
+VIEWS = 2
+PRECISIONS = ("32-true", "bf16-mixed")
+
+
+@dataclass
+class Training:
+    """A run in memory. Only the tensors and the last three fields change.
+
+    step: steps taken. low: looks at the fixed rows in a row that found a collapse. spread: what the last look found.
+    """
+
+    config: settings.Config
+    dataset: Dataset
+    fabric: Fabric
+    encoder: backbones.Encoder
+    objective: objectives.Supervised
+    optimizer: Optimizer
+    loader: Loader
+    step: int = 0
+    low: int = 0
+    spread: monitors.Spread | None = None
+
+    @property
+    def steps(self) -> int:
+        """Of the whole schedule."""
+        return self.loader.steps * self.config.train.epochs
+
+    @property
+    def last(self) -> int:
+        """The step that this process stops after."""
+        return min(self.steps, self.config.train.max_steps or self.steps)
+
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch that the next step is in, from 1."""
+        return 1 + self.step // self.loader.steps
+
+    @property
+    def at_epoch_end(self) -> bool:
+        return self.step % self.loader.steps == 0
+
+
+def assemble(dataset: Dataset, config: settings.Config, fabric: Fabric) -> Training:
+    """Encoder, projector, objective, optimiser and loader; fresh weights from torch's current generator.
+
+    Raises:
+        UserError: whatever is wrong with the configuration, or with the data for this objective.
+    """
+    check(config.train)
+    encoder = backbones.build(config.encoder, config.intensity)
+    projector = Projector(encoder.width, *config.encoder.projector)
+    facts = objectives.Facts.of(dataset)
+    objective = objectives.build(config.objective.name, config.objective.args, facts, encoder, projector)
+    objective.to(fabric.device)
+    loader = Loader(dataset, config, VIEWS, fabric.device)
+    return Training(config, dataset, fabric, encoder, objective, optimizer_of(objective, config.train), loader)
+
+
+def check(train: settings.Train) -> None:
+    """Refuse settings that no loop could follow.
+
+    Raises:
+        UserError: names the key and what it takes.
+    """
+    wrong = [
+        ("epochs", train.epochs >= 1, "1 or more"),
+        ("lr", 0 < train.lr < math.inf, "a number above 0"),
+        ("weight_decay", 0 <= train.weight_decay < math.inf, "0 or more"),
+        ("momentum", 0 <= train.momentum < 1, "0 or more and below 1"),
+        ("warmup", 0 <= train.warmup < 1, "0 or more and below 1"),
+        ("clip", train.clip >= 0, "0 (off) or more"),
+        ("checkpoint_steps", train.checkpoint_steps >= 0, "0 (at the end of an epoch) or more"),
+        ("max_steps", train.max_steps >= 0, "0 (no limit) or more"),
+    ]
+    for key, good, words in wrong:
+        if not good:
+            raise UserError(f"--train.{key} {getattr(train, key)}: takes {words}")
+
+
+def optimizer_of(objective: torch.nn.Module, train: settings.Train) -> Optimizer:
+    """AdamW or SGD, without weight decay on biases and normalisations, which are vectors."""
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": train.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if train.optimizer == "sgd":
+        return SGD(groups, lr=train.lr, momentum=train.momentum)
+    return AdamW(groups, lr=train.lr)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Linear warm-up over `warmup * steps` steps to `peak`, then half a cosine to zero; a pure function of the step.
+
+    >>> [round(learning_rate(step, 10, 1.0, 0.2), 3) for step in (0, 1, 2, 6, 9)]
+    [0.5, 1.0, 1.0, 0.5, 0.038]
+    """
+    rising = round(warmup * steps)
+    if step < rising:
+        return peak * (step + 1) / rising
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def seed_of(seed: int, what: str, step: int = 0) -> int:
+    """63 bits for torch's generators, so that dropout and stochastic depth depend on seed and step alone."""
+    return int.from_bytes(hashlib.sha256(f"kladi\0{seed}\0{what}\0{step}".encode()).digest()[:8], "little") >> 1
+
+
+def device(train: settings.Train) -> Fabric:
+    """The device and precision that a configuration asks for.
+
+    Raises:
+        UserError: this machine has no such device, or the precision is not one of `PRECISIONS`.
+    """
+    if train.precision not in PRECISIONS:
+        raise UserError(
+            f'--train.precision "{train.precision}" is not one of {", ".join(PRECISIONS)}'
+            + suggestion(train.precision, PRECISIONS)
+        )
+    wanted = train.device if train.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = wanted.partition(":")
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if kind not in there or not (index or "0").isdigit():
+        raise UserError(f'--train.device "{train.device}" is no device' + suggestion(kind, ["auto", *there]))
+    if int(index or 0) >= there[kind]:
+        raise UserError(
+            f'--train.device "{train.device}": this machine has {there[kind]} of that kind; closest: "auto"'
+        )
+    precision: Any = train.precision
+    return Fabric(accelerator=kind, devices=1 if kind == "cpu" else [int(index or 0)], precision=precision)
+
+
+def snapshot(t: Training) -> checkpoint.Snapshot:
+    """All that a checkpoint keeps, as it is now."""
+    facts = {
+        "step": t.step,
+        "epoch": t.step // t.loader.steps,
+        "seed": t.config.train.seed,
+        "low": t.low,
+        "spread": dataclasses.astuple(t.spread) if t.spread else None,
+        "config_digest": _digest(settings.to_dict(run_folder.portable(t.config))),
+        "data_digest": run_folder.digest(t.dataset),
+        "world_size": 1,
+        "best": None,
+    }
+    return state.capture(t.objective, t.optimizer, facts)
+
+
+def restore(t: Training, folder: Path) -> None:
+    """Put a checkpoint's state into the training.
+
+    Raises:
+        UserError: it is of another model.
+    """
+    facts = state.restore(t.objective, t.optimizer, folder)
+    t.step, t.low = int(facts["step"]), int(facts["low"])
+    t.spread = monitors.Spread(*facts["spread"]) if facts["spread"] else None
+
+
+def export(t: Training, run: Path) -> None:
+    """The encoder with timm's plain keys, its description, and the head, so that z can be computed again."""
+    weights.write(run / "head.safetensors", weights.to_bytes(state.head_tensors(t.objective)))
+    objective = t.config.objective
+    facts = {
+        "objective": {
+            "name": objectives.resolved(objective.name, objectives.Facts.of(t.dataset)),
+            "args": objective.args,
+            "weights": t.objective.weights,
+        },
+        "taxonomy_digest": None if t.dataset.taxonomy is None else t.dataset.taxonomy.digest,
+        "data_digest": run_folder.digest(t.dataset),
+        "seed": t.config.train.seed,
+        "steps": t.step,
+        "epochs": t.step / t.loader.steps,
+        "environment": run_folder.environment(t.fabric.device),
+    }
+    backbones.export(t.encoder, run, facts)
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
