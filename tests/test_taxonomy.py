@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -552,3 +553,18 @@ def test_deep_newick_and_json_need_no_recursion(tmp_path: Path) -> None:
     for i in range(500):
         text = {f"k{i}": text}
     assert Taxonomy.read(write(tmp_path, "t.json", json.dumps(text))).depth[-1] == 500
+
+
+@pytest.mark.mosaic
+def test_tree_of_a_real_collection() -> None:
+    here = Path(__file__).parents[1]
+    path = Path(os.environ.get("KLADI_MOSAIC", here.parent / "shared" / "data" / "mosaic")) / "taxonomy.csv"
+    if not path.exists():
+        pytest.skip(f"no {path}; set KLADI_MOSAIC")
+    tax = Taxonomy.read(path)
+    assert len(tax) == 66
+    assert tax.is_tree
+    assert tax.findings == ()
+    assert tax == Taxonomy.from_paths(tax.names)
+    covid, pneumonia = tax.index(["DX/chest/infection/pneumonia/viral/covid-19", "DX/chest/infection/pneumonia"])
+    assert tax.distance([covid], [pneumonia]).tolist() == [[2]]

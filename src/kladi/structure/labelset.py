@@ -58,7 +58,7 @@ class LabelSets:
         cls,
         columns: Mapping[str, Iterable[object]],
         *,
-        weights: Mapping[str, float] | None = None,
+        weights: Mapping[str, float | int] | None = None,
         synonyms: Synonyms | Mapping[str, Mapping[str, Sequence[str]]] | None = None,
         taxonomies: Mapping[str, Taxonomy] | None = None,
         unmapped: str = "own",
@@ -254,7 +254,7 @@ class LabelSets:
 
     @cached_property
     def smallest_useful_threshold(self) -> float:
-        """The largest threshold under which two rows that share any label are positives; smaller ones say the same.
+        """A threshold under which two rows that share any label are positives; smaller ones say the same.
 
         m attributes of equal weight with one value each: 1/(2m - 1); any weights: x/(2 - x), x the smallest weight over
         their sum. In general the least similarity that one shared label of attribute g can have, over all g and all
@@ -290,7 +290,7 @@ class LabelSets:
         return report.of(self, group, batch=batch, views=views, threshold=threshold)
 
 
-def _weight(name: str, weights: Mapping[str, float] | None) -> float:
+def _weight(name: str, weights: Mapping[str, float | int] | None) -> float:
     weight = float((weights or {}).get(name, 1.0))
     if not (math.isfinite(weight) and weight > 0):
         raise UserError(f'weight {weight:g} of "{name}" is not above 0; leave the column out instead')

@@ -166,12 +166,14 @@ def overlay(tables: Mapping[str, Any], base: Synonyms | None = None) -> Synonyms
 
 def _terms(table: Mapping[str, Sequence[str]], attribute: str) -> dict[str, frozenset[str]]:
     terms: dict[str, frozenset[str]] = {}
+    meant = {text: frozenset(normal(value) for value in text.split("|") if value.strip()) for text in table}
     for canonical, variants in table.items():
-        values = frozenset(normal(value) for value in canonical.split("|") if value.strip())
-        itself = [canonical] if len(values) == 1 else []
-        for variant in (*itself, *variants):
-            if terms.setdefault(normal(variant), values) != values:
+        for variant in variants:
+            if terms.setdefault(normal(variant), meant[canonical]) != meant[canonical]:
                 raise UserError(f'{attribute}: "{variant}" stands under two values')
+    for canonical, values in meant.items():  # a canonical value means itself, where no list says otherwise
+        if len(values) == 1:
+            terms.setdefault(normal(canonical), values)
     return terms
 
 
