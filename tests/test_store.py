@@ -19,7 +19,8 @@ import tifffile
 from PIL import Image
 
 from kladi.config import Data, Intensity
-from kladi.data import decoder, images, store
+from kladi.data import building, content, decoder, images, store
+from kladi.data.frame import Limits
 from kladi.data.store import Store
 from kladi.errors import RunStopped
 
@@ -94,8 +95,8 @@ def test_one_line_for_many_files_of_one_fault(tmp_path):
 def test_row_id_is_the_content_and_the_frame(data, tmp_path):
     _, paths = data
     built, _ = made(data, tmp_path)
-    content = hashlib.sha256(paths[0].read_bytes() + (-1).to_bytes(8, "little", signed=True))
-    assert int(built.row_id[0]) == int.from_bytes(content.digest()[:8], "big")
+    digest = hashlib.sha256(paths[0].read_bytes() + (-1).to_bytes(8, "little", signed=True))
+    assert int(built.row_id[0]) == int.from_bytes(digest.digest()[:8], "big")
     renamed = tmp_path / "elsewhere.png"
     shutil.copy(paths[0], renamed)
     again, _ = store.build([paths[2], renamed], [-1, -1], SMALL, tmp_path / "other")
@@ -190,7 +191,7 @@ def nothing_is_decoded(*_args, **_options):
 
 def test_the_second_call_decodes_nothing(data, tmp_path, monkeypatch):
     first, findings = made(data, tmp_path)
-    monkeypatch.setattr(store, "decode_all", nothing_is_decoded)
+    monkeypatch.setattr(building, "decode_all", nothing_is_decoded)
     again, told = made(data, tmp_path)
     assert again.digest == first.digest
     assert told == findings
@@ -226,7 +227,7 @@ def test_a_changed_file_is_another_store_and_other_limits_too(data, tmp_path):
 
 def test_a_new_decoder_is_tried_on_what_was_left_out(data, tmp_path, monkeypatch):
     first, _ = made(data, tmp_path)
-    monkeypatch.setattr(store, "_decoders", lambda: {"pillow": "99"})
+    monkeypatch.setattr(content, "_decoders", lambda: {"pillow": "99"})
     again, _ = made(data, tmp_path)
     assert again.folder != first.folder
     assert again.digest == first.digest  # same images, same pipeline
@@ -360,7 +361,7 @@ def test_i14_originals_may_vanish_once_it_is_built(data, tmp_path):
 
 
 def test_r5_no_space_is_said_with_the_bytes(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(store.shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**9, 10**9, 100))
+    monkeypatch.setattr(building.shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**9, 10**9, 100))
     with pytest.raises(RunStopped, match=r"needs 9,216 bytes; 100 are free"):
         made(data, tmp_path)
     assert list((tmp_path / "store").iterdir()) == []
@@ -370,7 +371,7 @@ def test_r5_a_full_disk_leaves_nothing_behind(data, tmp_path, monkeypatch):
     def full(*_args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(store._Pixels, "write", full)
+    monkeypatch.setattr(building._Pixels, "write", full)
     with pytest.raises(RunStopped, match="No space left on device"):
         made(data, tmp_path)
     assert list((tmp_path / "store").iterdir()) == []
@@ -477,7 +478,7 @@ def test_d15_a_decoder_that_hangs_is_ended(tmp_path, monkeypatch):
     (tmp_path / "b.png").write_bytes(b"hang")
     jobs = [decoder.Job(k, str(tmp_path / f"{n}.png"), -1) for k, n in enumerate("abc")]
     start = time.monotonic()
-    answers = {a.key: a for a in decoder.decode_all(jobs, SMALL, store.Limits(), workers=1, patience=1.0)}
+    answers = {a.key: a for a in decoder.decode_all(jobs, SMALL, Limits(), workers=1, patience=1.0)}
     assert time.monotonic() - start < 20
     assert answers[1].fault.reason == "the decoder gave no answer in 1 s and was ended"
     np.testing.assert_array_equal(answers[2].square[0], picture(2, 32, 32))
@@ -486,7 +487,7 @@ def test_d15_a_decoder_that_hangs_is_ended(tmp_path, monkeypatch):
 def test_giving_up_early_ends_the_children(tmp_path):
     Image.fromarray(picture(1, 32, 32)).save(tmp_path / "a.png")
     jobs = [decoder.Job(k, str(tmp_path / "a.png"), -1) for k in range(500)]
-    answers = decoder.decode_all(jobs, SMALL, store.Limits(), workers=2)
+    answers = decoder.decode_all(jobs, SMALL, Limits(), workers=2)
     next(answers)
     answers.close()  # returns only when every lane's thread is done
     assert not [t for t in __import__("threading").enumerate() if "run" in t.name and t.is_alive()]

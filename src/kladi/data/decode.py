@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -73,7 +73,7 @@ def read_bytes(path: str | Path) -> bytes:
             raise Unreadable(f"cannot be read ({error.strerror or type(error).__name__})", "I14") from error
 
 
-def open_file(path: str | Path) -> BinaryIO:
+def open_file(path: str | Path) -> io.BufferedReader:
     """A regular file, for reading; a pipe or a device would never end.
 
     Raises:

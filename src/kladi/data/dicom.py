@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -309,9 +310,9 @@ def _plugins(syntax: str) -> list[str]:
 
 
 def _syntax_name(syntax: str) -> str:
-    """JPEG-LS Lossless Image Compression -> JPEG-LS Lossless; a private syntax is not spelt out."""
+    """ "JPEG-LS Lossless Image Compression" -> "JPEG-LS Lossless"; a private syntax is not spelt out."""
     known = uid.UID_dictionary.get(syntax)
-    return known[0].split(" (")[0].removesuffix(" Image Compression") if known else "a private transfer syntax"
+    return re.split(r" \(|, ", known[0])[0].removesuffix(" Image Compression") if known else "a private transfer syntax"
 
 
 def _check_codestream(frame: bytes, layout: Layout) -> None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pydicom
 from pydicom import uid
 from pydicom.filereader import read_dataset
-from pydicom.multival import MultiValue
 from pydicom.tag import Tag
 
 from kladi.data.arrays import inflate
@@ -104,7 +103,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def read_header(file: BinaryIO, tags: tuple[str, ...], limits: Limits, *, pixels: bool) -> Header:
+def read_header(file: io.BufferedIOBase, tags: tuple[str, ...], limits: Limits, *, pixels: bool) -> Header:
     """The elements `tags` of a DICOM file; with `pixels`, Pixel Data too, otherwise the reading stops before it.
 
     Raises:
@@ -127,10 +126,10 @@ def read_header(file: BinaryIO, tags: tuple[str, ...], limits: Limits, *, pixels
 
 
 def _read(
-    file: BinaryIO, start: int, tags: tuple[str, ...], limits: Limits, *, pixels: bool, notes: tuple[Any, ...]
+    file: io.BufferedIOBase, start: int, tags: tuple[str, ...], limits: Limits, *, pixels: bool, notes: tuple[Any, ...]
 ) -> Header:
     file.seek(start)
-    meta = read_dataset(file, False, True, stop_when=lambda tag, _vr, _length: tag >> 16 != 2)
+    meta = read_dataset(_binary(file), False, True, stop_when=lambda tag, _vr, _length: tag >> 16 != 2)
     syntax = _text(meta, "TransferSyntaxUID") or None
     if _text(meta, "MediaStorageSOPClassUID").startswith(NO_IMAGE[0]):
         raise Unreadable("DICOM directory, no image", "D1", skip=True)
@@ -146,14 +145,37 @@ def _read(
         return at_pixels and not pixels
 
     wanted: list[Any] = [Tag(name) for name in dict.fromkeys((*FILE_TAGS, *tags))]
-    dataset = read_dataset(file, implicit, little, stop_when=stop, specific_tags=wanted)
+    at = file.tell()
+    try:
+        dataset = read_dataset(_binary(file), implicit, little, stop_when=stop, specific_tags=wanted)
+    except (LookupError, ValueError):  # pydicom insists on the character set; NUL in it is more than it bears
+        file.seek(at)
+        file = io.BytesIO(_without_charset(file.read(), little=little))
+        met.clear()
+        dataset = read_dataset(_binary(file), implicit, little, stop_when=stop, specific_tags=wanted)
     if not len(dataset) and not met:
-        raise Unreadable("DICOM without any element that is needed", "D1")
+        raise Unreadable("DICOM without any element that is needed", "D9")
     refuse_no_image(dataset)
     return Header(dataset, syntax, not little, bool(met), notes)
 
 
-def _encoding(file: BinaryIO, syntax: str | None) -> tuple[bool, bool]:
+def _binary(file: Any) -> Any:
+    """pydicom's annotation asks for more than it uses."""
+    return file
+
+
+def _without_charset(data: bytes, *, little: bool) -> bytes:
+    """`data` with blanks as the value of SpecificCharacterSet (0008,0005), which means the default one."""
+    at = data.find(b"\x08\x00\x05\x00" if little else b"\x00\x08\x00\x05")
+    explicit = data[at + 4 : at + 6] == b"CS"
+    raw = data[at + 6 : at + 8] if explicit else data[at + 4 : at + 8]
+    length = int.from_bytes(raw, "little" if little else "big")
+    if at < 0 or length > 256:
+        raise Unreadable("damaged DICOM (character set)", "D13")
+    return data[: at + 8] + b" " * length + data[at + 8 + length :]
+
+
+def _encoding(file: io.BufferedIOBase, syntax: str | None) -> tuple[bool, bool]:
     """(implicit, little endian) of the data set at the current position."""
     if syntax is not None:
         return syntax == uid.ImplicitVRLittleEndian, syntax != uid.ExplicitVRBigEndian
@@ -192,8 +214,7 @@ def texts(dataset: pydicom.Dataset, name: str) -> list[str]:
         raise
     except Exception:  # noqa: BLE001 - an unknown character set, invalid bytes, ...: unknown, and the file survives
         return []
-    several: list[Any] = list(value) if isinstance(value, MultiValue) else [value]
-    found = (str(one).strip(" \0\t\r\n") for one in several if one is not None)
+    found = (str(one).strip(" \0\t\r\n") for one in _several(value) if one is not None)
     return [one for one in found if one]
 
 
@@ -226,8 +247,12 @@ def words(dataset: pydicom.Dataset, name: str, *, big_endian: bool) -> np.ndarra
         return np.frombuffer(whole, dtype=">u2" if big_endian else "<u2").astype(np.uint16)
     if value is None:
         return np.zeros(0, dtype=np.uint16)
-    several: list[Any] = list(value) if isinstance(value, MultiValue) else [value]
-    return (np.array([int(v) for v in several], dtype=np.int64) & 0xFFFF).astype(np.uint16)
+    return (np.array([int(v) for v in _several(value)], dtype=np.int64) & 0xFFFF).astype(np.uint16)
+
+
+def _several(value: Any) -> list[Any]:
+    """One value or many as a list; text and bytes are one."""
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
 
 
 def items(dataset: pydicom.Dataset | None, name: str) -> list[pydicom.Dataset]:

@@ -63,7 +63,7 @@ def expand_segments(data: UInt16[np.ndarray, " n"], count: int) -> UInt16[np.nda
     """
     out: list[np.ndarray] = []
     made, at = 0, 0
-    while at + 2 < len(data) + 1 and made < count:
+    while at < len(data) and made < count:
         kind, length = int(data[at]), int(data[at + 1]) if at + 1 < len(data) else 0
         if kind == 0 and at + 2 + length <= len(data):
             part = data[at + 2 : at + 2 + length].astype(np.float64)

@@ -2,7 +2,7 @@
 
 modality    Modality, lower case; CR, DX and RG are "xr"; OT, or a Secondary Capture object: unknown
 anatomy     BodyPartExamined against AnatomicRegionSequence, FrameAnatomySequence or PrimaryAnatomicStructureSequence,
-            each through the ladder of `structure.labelset`; two that disagree: unknown, counted
+            each through the ladder of `structure.anatomy`; two that disagree: unknown, counted
 laterality  ImageLaterality, FrameLaterality, Laterality: "l", "r"; B is "l|r", U is "unpaired"
 view        ViewPosition, ViewCodeSequence; for CT and MR the plane of ImageOrientationPatient: the normal is row x
             column, its largest component names "sagittal", "coronal" or "axial", below 0.8 it is "oblique"
@@ -29,6 +29,7 @@ from kladi.data.decode import open_file
 from kladi.data.dicom_header import Header, integer, items, numbers, quiet, read_header, texts
 from kladi.data.frame import Limits, Unreadable
 from kladi.data.signature import kind_of
+from kladi.structure.anatomy import combine_anatomy, normalise_anatomy
 
 TAGS = (
     "Modality",
@@ -226,29 +227,26 @@ def _modality(dataset: pydicom.Dataset) -> str | None:
 
 def _anatomy(dataset: pydicom.Dataset, groups: list[pydicom.Dataset]) -> tuple[frozenset[str], str, bool]:
     """What the free tag and the coded sequences say together: (values, rung, whether they disagree)."""
-    from kladi.structure.labelset import combine_anatomy, normalise_anatomy
-
-    named = [normalise_anatomy(text, loose=True) for text in texts(dataset, "BodyPartExamined")[:1]]
+    named, rung = normalise_anatomy((texts(dataset, "BodyPartExamined") or [None])[0])
     coded_items = items(dataset, "AnatomicRegionSequence")
     for group in groups:
         for frame_anatomy in items(group, "FrameAnatomySequence"):
             coded_items += items(frame_anatomy, "AnatomicRegionSequence")
     coded_items += items(dataset, "PrimaryAnatomicStructureSequence")
-    coded = next((found for found in map(_coded, coded_items) if found[0]), (frozenset(), "unknown"))
-    return combine_anatomy(named[0] if named else (frozenset(), "unknown"), coded)
+    coded, coded_rung = next((found for found in map(_coded, coded_items) if found[0]), (frozenset(), "unknown"))
+    values, conflict = combine_anatomy([named, coded])
+    return values, rung if named or not coded else coded_rung, conflict
 
 
 def _coded(item: pydicom.Dataset) -> tuple[frozenset[str], str]:
     """A code by its meaning, else by pydicom's own concept dictionary; we bundle no table of codes."""
-    from kladi.structure.labelset import normalise_anatomy
-
     for meaning in texts(item, "CodeMeaning")[:1]:
-        found = normalise_anatomy(meaning, loose=True)
+        found = normalise_anatomy(meaning)
         if found[0]:
             return found
     scheme, value = texts(item, "CodingSchemeDesignator"), texts(item, "CodeValue")
     known = _meanings().get((scheme[0], value[0])) if scheme and value else None
-    return normalise_anatomy(known, loose=True) if known else (frozenset(), "unknown")
+    return normalise_anatomy(known) if known else (frozenset(), "unknown")
 
 
 @cache
