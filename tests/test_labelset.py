@@ -247,9 +247,9 @@ def test_several_values(cell: str) -> None:
 
 
 def test_odd_cells_are_text() -> None:
-    sets = LabelSets.from_columns({"x": ["[no json", "ﬁne", 'a "b"', "2"], "y": ["0", "1", "2", ""]})
-    assert [v for _, v in sets.labels if _ == "x"] == ["2", "[no json", 'a "b"', "fine"]
-    assert [v for _, v in sets.labels if _ == "y"] == ["0", "1", "2"]  # a 2 makes it no indicator
+    sets = LabelSets.from_columns({"x": ["[no json", "ﬁne", 'a "b"', "2", "[" * 5000], "y": ["0", "1", "2", "", None]})
+    assert [v for name, v in sets.labels if name == "x"] == ["2", "[" * 5000, "[no json", 'a "b"', "fine"]
+    assert [v for name, v in sets.labels if name == "y"] == ["0", "1", "2"]  # a 2 makes it no indicator
 
 
 def test_unmapped_values_by_policy() -> None:
@@ -295,6 +295,18 @@ def test_rows_can_be_taken_and_permuted() -> None:
     assert len(some.sets) == 2
     assert sets.take(np.arange(4)) == sets
     assert some.coverage().rows == 3
+
+
+def test_many_classes_in_blocks() -> None:
+    sets = LabelSets.from_columns({"a": [f"v{i % 40}" for i in range(700)], "b": [f"v{i % 33}" for i in range(700)]})
+    _, table, comparable = sets.similarity()
+    assert len(table) == 700
+    assert (table == table.T).all()
+    assert comparable.all()
+    class_id = sets.class_id
+    assert table[class_id[0], class_id[40]] == 1 / 3
+    assert table[class_id[699], class_id[699]] == 1.0
+    assert table[class_id[699], class_id[698]] == 0.0
 
 
 def test_no_rows() -> None:

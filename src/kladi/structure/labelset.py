@@ -210,7 +210,13 @@ class LabelSets:
                 "is a column unique in each row? table(classes) gives the part that a batch needs"
             )
         every = np.arange(len(self.sets))
-        table, comparable = self.table(every, every, coverage_discount=coverage_discount, unknown_pairs=unknown_pairs)
+        table = np.zeros((len(every), len(every)))
+        comparable = np.ones(table.shape, dtype=np.bool_)
+        for start in range(0, len(every), 512):  # a block at a time: the parts of one are as large as the whole
+            some = every[start : start + 512]
+            table[some], comparable[some] = self.table(
+                some, every, coverage_discount=coverage_discount, unknown_pairs=unknown_pairs
+            )
         return self.class_id.copy(), table, comparable
 
     def table(
