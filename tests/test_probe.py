@@ -67,6 +67,34 @@ def test_every_problem_of_the_batch_equals_scikit_learn(classes):
         assert_matches_oracle(x, y, train[p // len(FEW)], probes, p)
 
 
+@pytest.mark.parametrize("classes", [2, 4])
+def test_wide_embeddings_of_few_rows_equal_scikit_learn(classes):
+    """More than twice as many columns as training rows: the principal axes of each fold's own rows."""
+    x, y, train = problem(n=60, classes=classes)
+    wide = x @ np.random.default_rng(3).normal(size=(9, 90)) + np.random.default_rng(4).normal(size=(60, 90))
+    wide[:, 5] = 7
+    assert wide.shape[1] > 2 * train.sum(1).max()
+    probes = fit_probes(wide, y, train, lambdas=FEW)
+    assert probes.converged.all()
+    for p in range(len(train) * len(FEW)):
+        assert_matches_oracle(wide, y, train[p // len(FEW)], probes, p)
+    assert (probes.weight[:, 5] == 0).all()
+    canary = wide.copy()
+    canary[~train.any(0)] = 1e300
+    np.testing.assert_array_equal(fit_probes(canary, y, train, lambdas=FEW).weight, probes.weight)
+
+
+def test_a_matrix_a_mask_equals_each_problem_alone():
+    x, y, train = problem()
+    other = x + np.random.default_rng(0).normal(size=x.shape)
+    both = fit_probes([x, other], y, train, lambdas=FEW)
+    for m, matrix in enumerate((x, other)):
+        for k in range(len(FEW)):
+            assert_matches_oracle(matrix, y, train[m], both, m * len(FEW) + k)
+    with pytest.raises(ValueError, match="2 matrices for 1"):
+        fit_probes([x, other], y, train[:1], lambdas=FEW)
+
+
 def test_default_penalties_run_from_ten_down_to_1e_minus_5():
     assert LAMBDAS[0] == 10
     assert LAMBDAS[-1] == pytest.approx(1e-5)
@@ -160,11 +188,13 @@ def test_the_batch_equals_each_problem_alone_in_any_order():
             )
 
 
-def test_chunks_change_nothing(monkeypatch):
+@pytest.mark.parametrize("own", [False, True])
+def test_chunks_change_nothing(monkeypatch, own):
     x, y, train = problem()
-    whole = fit_probes(x, y, train, lambdas=FEW)
+    given = [x, x] if own else x
+    whole = fit_probes(given, y, train, lambdas=FEW)
     monkeypatch.setattr(probe, "CHUNK_BYTES", 1)
-    chunked = fit_probes(x, y, train, lambdas=FEW)
+    chunked = fit_probes(given, y, train, lambdas=FEW)
     np.testing.assert_allclose(chunked.objective, whole.objective, rtol=1e-9)
     np.testing.assert_array_equal(chunked.predict(x, 4), whole.predict(x, 4))
 

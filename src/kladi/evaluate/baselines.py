@@ -38,10 +38,11 @@ def grey_features(dataset: Dataset, intensity: settings.Intensity, *, batch: int
     return out
 
 
-def fit_grey(features: Float[np.ndarray, "n G"], train: Bool[np.ndarray, " n"]) -> Float32[np.ndarray, "n C"]:
-    """Histogram and the first 64 principal components of the pixels, fitted on training rows: float32[n, <= 128].
+def fit_grey(features: Float[np.ndarray, "n G"], train: Bool[np.ndarray, " n"]) -> Float32[np.ndarray, "n 128"]:
+    """Histogram and the first 64 principal components of the pixels, fitted on training rows: float32[n, 128].
 
     The components are scaled to a mean training length of one, so that neither half of the vector drowns the other.
+    Where the training rows span fewer directions, the rest is zero.
     """
     pixels = features[:, BINS:].astype(np.float64)
     rows = pixels[train]
@@ -52,7 +53,8 @@ def fit_grey(features: Float[np.ndarray, "n G"], train: Bool[np.ndarray, " n"]) 
     scores = (pixels - centre) @ kept.T
     length = np.linalg.norm(scores[train], axis=1).mean() if len(kept) else 1.0
     scores /= length if length > 0 else 1.0
-    return np.concatenate([features[:, :BINS], scores], axis=1).astype(np.float32)
+    nothing = np.zeros((len(scores), COMPONENTS - scores.shape[1]))
+    return np.concatenate([features[:, :BINS], scores, nothing], axis=1).astype(np.float32)
 
 
 def _compact(rows: np.ndarray) -> np.ndarray:

@@ -1,9 +1,9 @@
 """Many penalised logistic regressions over one matrix, solved together: L-BFGS whose every vector has a problem axis.
 
 Each problem keeps its own history, direction and step; a finished one leaves the batch. Two ideas make it fast. The
-step is searched along the logits, which are linear in it, so a trial costs no product with X. And the first guess of the
-inverse Hessian is not a multiple of the identity but (curvature x correlation of the columns + penalty)^-1, which is
-what makes weak penalties on correlated embeddings take tens of steps instead of many hundreds.
+step is searched along the logits, which are linear in it, so a trial costs no product with X. And the first guess of
+the inverse Hessian is not a multiple of the identity but (curvature x correlation of the columns + penalty)^-1, which
+is what makes weak penalties on correlated embeddings take tens of steps instead of many hundreds.
 """
 
 from __future__ import annotations
@@ -13,41 +13,39 @@ import math
 import torch
 from torch import Tensor
 
+from kladi.evaluate.designs import Design
+
 MEMORY = 10
 """Pairs of steps and gradient changes that L-BFGS remembers."""
 
 
 class Batch:
-    """State of one chunk. Shapes: n rows, K logit columns, P problems, F features.
+    """State of one batch. Shapes: n rows, K logit columns, P problems, D coordinates.
 
-    `point`, `gradient` and the history are [K, P, F + 1], the last entry of a row being the bias; `logits` is
-    [n, K, P]: P innermost makes the softmax over K a vectorised one, and [K P, F] the operand of both products.
+    `point`, `gradient` and the history are [K, P, D + 1], the last entry of a row being the bias; `logits` is
+    [n, K, P]: P innermost makes the softmax over K a vectorised one, and [K P, D] the operand of both products.
+
+    Args:
+        design: the rows, as each problem sees them.
+        masks: int64[P], ascending, the training mask of each problem.
+        code: int64[n], class of each row as 0..C-1.
+        weight: [n, P], weights that sum to one over a problem's mask, zero outside.
+        seen: bool[P, C], the classes that occur in a problem's mask.
+        penalty: [P].
     """
 
     def __init__(
-        self,
-        *,
-        x: Tensor,
-        code: Tensor,
-        weight: Tensor,
-        mu: Tensor,
-        sd: Tensor,
-        seen: Tensor,
-        penalty: Tensor,
-        axes: Tensor,
-        spectrum: Tensor,
-        columns: int,
+        self, *, design: Design, masks: Tensor, code: Tensor, weight: Tensor, seen: Tensor, penalty: Tensor
     ) -> None:
-        self.x, self.code, self.columns = x, code, columns
-        self.axes, self.spectrum = axes, spectrum
-        self.weight, self.mu, self.sd, self.penalty = weight, mu, sd, penalty
-        self.row = torch.arange(len(x), device=x.device)
-        problems, width = mu.shape
-        self.point = x.new_zeros(columns, problems, width + 1)
-        self.logits = x.new_zeros(len(x), columns, problems)
-        self.closed = ~seen.T
-        self.scalers = mu, sd, self.closed  # of all problems, also of those that leave the batch
-        if columns > 1:  # a class that a problem never saw has no column there
+        self.design, self.masks, self.all_masks = design, masks, masks
+        self.code, self.weight, self.penalty = code, weight, penalty
+        self.row = torch.arange(len(code), device=code.device)
+        self.closed = self.all_closed = ~seen.T
+        # Two classes: one logit, of the second class; that of the first is zero.
+        self.columns = seen.shape[1] if seen.shape[1] > 2 else 1
+        self.point = weight.new_zeros(self.columns, len(masks), design.width + 1)
+        self.logits = weight.new_zeros(design.rows, self.columns, len(masks))
+        if self.columns > 1:  # a class that a problem never saw has no column there
             self.logits.masked_fill_(self.closed, -math.inf)
 
     def solve(self, tolerance: float, max_steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -55,7 +53,7 @@ class Batch:
         problems = len(self.penalty)
         point, objective = self.point.clone(), self.penalty.new_zeros(problems)
         largest, steps = self.penalty.new_zeros(problems), torch.zeros(problems, dtype=torch.int64)
-        active = torch.arange(problems, device=self.x.device)
+        active = torch.arange(problems, device=self.penalty.device)
         value, _, residual = self._evaluate(self.logits, None)
         gradient, curvature = self._gradient(residual), self._curvature(residual)
         history: list[tuple[Tensor, Tensor, Tensor]] = []  # step, change of gradient, 1 / (their product) or 0
@@ -85,26 +83,19 @@ class Batch:
             gradient = new_gradient
             if step & (step - 1) == 0:  # it changes slowly: looked at after steps 0, 1, 2, 4, 8, ...
                 curvature = self._curvature(residual)
-        return (*self._unscaled(point), objective, largest, steps.to(self.x.device))
+        return (*self._raw(point), objective, largest, steps.to(self.penalty.device))
 
     def _keep(self, index: Tensor) -> None:
         """Take finished problems out of the batch."""
         self.point, self.logits = self.point[:, index], self.logits[:, :, index]
         self.weight, self.closed = self.weight[:, index], self.closed[:, index]
-        self.mu, self.sd, self.penalty = self.mu[index], self.sd[index], self.penalty[index]
-
-    def _product(self, direction: Tensor) -> Tensor:
-        """Change of the logits for a unit step along `direction`, [n, K, P]."""
-        scaled = direction[..., :-1] / self.sd
-        shift = direction[..., -1] - (scaled * self.mu).sum(dim=-1)
-        return (self.x @ scaled.flatten(0, 1).T).view(len(self.x), *shift.shape).add_(shift)
+        self.masks, self.penalty = self.masks[index], self.penalty[index]
 
     def _gradient(self, residual: Tensor) -> Tensor:
-        """dJ: X^T R brought into standardised units, plus the penalty; [K, P, F + 1]."""
-        total = residual.sum(dim=0)
-        product = (residual.flatten(1).T @ self.x).view(*total.shape, -1)
-        inner = (product - self.mu * total[..., None]) / self.sd + self.penalty[:, None] * self.point[..., :-1]
-        return torch.cat([inner, total[..., None]], dim=-1)
+        """dJ, [K, P, D + 1]: the data term's, plus the penalty's; the bias is free."""
+        gradient = self.design.pullback(residual, self.masks)
+        gradient[..., :-1] += self.penalty[:, None] * self.point[..., :-1]
+        return gradient
 
     def _curvature(self, residual: Tensor) -> Tensor:
         """Mean of p (1 - p) over the mask for each logit column, float64[K, P]: how bent the data term is there."""
@@ -121,8 +112,7 @@ class Batch:
             q.addcmul_(u, alpha[:, None], value=-1)
             alphas.append(alpha)
         bend = curvature.clamp(min=1e-12)[..., None]
-        rotated = (q[..., :-1] @ self.axes) / (bend * self.spectrum + self.penalty[:, None])
-        q = torch.cat([rotated @ self.axes.T, q[..., -1:] / bend], dim=-1)
+        q = self.design.precondition(q, bend, self.penalty[:, None], self.masks)
         for (s, u, rho), alpha in zip(history, reversed(alphas), strict=True):
             beta = rho * (u * q).sum(dim=(0, 2))
             q.addcmul_(s, (alpha - beta)[:, None])
@@ -164,7 +154,7 @@ class Batch:
         J is convex along the line, so its slope rises, and a step with a small slope is found by closing a bracket
         with secants: Wolfe's conditions with a slope of at most half the first one.
         """
-        along = self._product(direction)
+        along = self.design.product(direction, self.masks)
         slope0 = (direction * gradient).sum(dim=(0, 2))
         v, dv = self.point[..., :-1], direction[..., :-1]
         linear = self.penalty * (v * dv).sum(dim=(0, 2))
@@ -209,17 +199,15 @@ class Batch:
         stalled[pending] = True
         return new_value, self._gradient(residual), moved, stalled, residual
 
-    def _unscaled(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and intercepts for raw rows, [P, F, C] and [P, C], of all problems of the chunk."""
-        mu, sd, closed = self.scalers
-        scaled = point[..., :-1] / sd
-        intercept = point[..., -1] - (scaled * mu).sum(dim=-1)
+    def _raw(self, point: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and intercepts for raw rows, [P, F, C] and [P, C], of all problems of the batch."""
+        weight, intercept = self.design.raw(point, self.all_masks)
         if self.columns == 1:
-            scaled = torch.cat([torch.zeros_like(scaled), scaled])
+            weight = torch.cat([torch.zeros_like(weight), weight])
             intercept = torch.cat([torch.zeros_like(intercept), intercept])
         else:
-            intercept = intercept.masked_fill(closed, -math.inf)
-        return scaled.permute(1, 2, 0).contiguous(), intercept.T.contiguous()
+            intercept = intercept.masked_fill(self.all_closed, -math.inf)
+        return weight.permute(1, 2, 0).contiguous(), intercept.T.contiguous()
 
 
 def _next_step(low: Tensor, high: Tensor, slope_low: Tensor, slope_high: Tensor) -> Tensor:

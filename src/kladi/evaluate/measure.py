@@ -99,32 +99,29 @@ def measure(
     """
     out, notes = Measured(), ProbeNotes()
     keep = _Keeper(out, method.name, task, seed, config_digest)
-    for view in _views(method, task, parts):
-        for regime, run in (
-            ("probe", partial(regimes.probe, lambdas=lambdas, notes=notes)),
-            ("knn", partial(regimes.knn, ks=ks)),
-            ("prototype", regimes.prototype),
-        ):
-            keep.unable(regime, view)
-            keep.answers(*_timed(run, view))
-        keep.values("retrieval", *_timed(regimes.retrieval, view))
-        if task.has_levels:
-            keep.values("prototype", *_timed(regimes.violations, view))
-        if view.parts[0] is parts[0]:
-            keep.values("representation", *_timed(partial(regimes.health, parts=parts), view))
+    view = _view(method, task, parts)
+    for regime, run in (
+        ("probe", partial(regimes.probe, lambdas=lambdas, notes=notes)),
+        ("knn", partial(regimes.knn, ks=ks)),
+        ("prototype", regimes.prototype),
+    ):
+        keep.unable(regime, view)
+        keep.answers(*_timed(run, view))
+    keep.values("retrieval", *_timed(regimes.retrieval, view))
+    if task.has_levels:
+        keep.values("prototype", *_timed(regimes.violations, view))
+    keep.values("representation", *_timed(regimes.health, view))
     out.warnings += notes.warnings(method.name, len(lambdas))
     return out
 
 
-def _views(method: Method, task: Task, parts: tuple[Part, ...]) -> Iterator[View]:
+def _view(method: Method, task: Task, parts: tuple[Part, ...]) -> View:
     """All folds read the same features, unless these are fitted on the training rows of each fold."""
-    if not method.grey:
-        points = method.features if method.z is None else method.z
-        yield View(method.name, task, method.features, points, method.space, parts)
-        return
-    for part in parts:
-        features = baselines.fit_grey(method.features, part.of == TRAIN)
-        yield View(method.name, task, features, features, method.space, (part,))
+    if method.grey:
+        fitted = tuple(baselines.fit_grey(method.features, part.of == TRAIN) for part in parts)
+        return View(method.name, task, parts, fitted, fitted, method.space)
+    points = method.features if method.z is None else method.z
+    return View(method.name, task, parts, (method.features,), (points,), method.space)
 
 
 class _Keeper:

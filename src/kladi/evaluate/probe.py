@@ -5,11 +5,13 @@ A problem p is a training mask and a penalty. With x~ = (x - mu_p) / sd_p, fitte
     J(V, b) = (1/S) sum_i w_i CE(softmax(x~_i V + b), y_i) + (lambda/2) ||V||^2,      S = sum of w over the mask.
 
 The rows are never standardised in memory: x~ V + b = X (V/sd) + (b - mu . (V/sd)), so all problems share two products
-with X in each step."""
+with X in each step. Where a fold has fewer rows than half the columns, its rows are turned into their principal axes
+instead, which moves no optimum and leaves far fewer coordinates.
+"""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from kladi.evaluate.designs import Design, Own, Shared
 from kladi.evaluate.logistic import MEMORY, Batch
 
 CHUNK_BYTES = 512 * 2**20
@@ -59,7 +62,7 @@ class Probes:
 
 
 def fit_probes(
-    x: Float[np.ndarray, "n F"],
+    x: Float[np.ndarray, "n F"] | Sequence[Float[np.ndarray, "n F"]],
     y: Int[np.ndarray, " n"],
     train: Bool[np.ndarray, "M n"],
     *,
@@ -73,13 +76,14 @@ def fit_probes(
     """Solve the M x len(lambdas) problems of all training masks and penalties together.
 
     Args:
-        x: embeddings; rows outside every mask may hold anything finite and change nothing.
+        x: embeddings, or a sequence of M matrices where they were fitted on each mask's rows; rows outside every mask
+            may hold anything finite and change nothing.
         y: target of each row, any integers; rows outside every mask are not read.
         train: a mask of training rows for each fold and repeat.
         lambdas: penalties.
         balanced: weigh row i by n / (C n_c), its class's share within the mask, on top of `row_weight`.
         row_weight: of each row in the objective (not in the scaler); None: 1.
-        tolerance: largest absolute gradient entry at which a problem is finished.
+        tolerance: largest absolute gradient entry at which a problem is finished, in the coordinates of its design.
         max_steps: a problem that needs more is returned with `converged` False.
         device: of the arithmetic, which is float64.
 
@@ -93,41 +97,31 @@ def fit_probes(
         ValueError: a training mask with fewer than two classes, names the mask; a value that is not finite; a penalty
             that is not positive.
     """
-    _refuse(x, y, train, lambdas, row_weight)
+    matrices = [x] if isinstance(x, np.ndarray) else list(x)
+    _refuse(matrices, y, train, lambdas, row_weight)
     used = train.any(axis=0)
     train, y = train[:, used], y[used]
     row_weight = None if row_weight is None else row_weight[used]
-    x64 = torch.from_numpy(x[used].astype(np.float64)).to(device)
+    tensors = [torch.from_numpy(matrix[used].astype(np.float64)).to(device) for matrix in matrices]
     classes, code = np.unique(y, return_inverse=True)
-    mu, sd = _scalers(x64, train)
-    spectrum, axes = _axes(x64)
     weight, seen = _weights(code, train, len(classes), balanced, row_weight)
     # One problem a mask and penalty; all penalties of a mask stand together.
     mask_of = np.repeat(np.arange(len(train)), len(lambdas))
     penalty = np.tile(np.array(lambdas), len(train))
     if len(classes) > 2:
         penalty = np.where(seen.sum(axis=1)[mask_of] == 2, 2 * penalty, penalty)
-    columns = len(classes) if len(classes) > 2 else 1
-    n, width = x64.shape
-    bytes_each = 8 * columns * (5 * n + (2 * MEMORY + 6) * width)
-    size = max(1, CHUNK_BYTES // bytes_each)
     solved = []
-    for start in range(0, len(penalty), size):
-        masks = torch.from_numpy(mask_of[start : start + size]).to(device)
-        solved.append(
-            Batch(
-                x=x64,
-                code=torch.from_numpy(code).to(device),
-                weight=torch.from_numpy(weight).to(device)[:, masks],
-                mu=mu[masks],
-                sd=sd[masks],
-                seen=torch.from_numpy(seen).to(device)[masks],
-                penalty=torch.from_numpy(penalty[start : start + size]).to(device),
-                axes=axes,
-                spectrum=spectrum,
-                columns=columns,
-            ).solve(tolerance, max_steps)
+    for design, first, some in _designs(tensors, train, mask_of, len(classes)):
+        masks = mask_of[some]
+        batch = Batch(
+            design=design,
+            masks=torch.from_numpy(masks - first).to(device),
+            code=torch.from_numpy(code).to(device),
+            weight=torch.from_numpy(weight[:, masks]).to(device),
+            seen=torch.from_numpy(seen[masks]).to(device),
+            penalty=torch.from_numpy(penalty[some]).to(device),
         )
+        solved.append(batch.solve(tolerance, max_steps))
     raw, intercept, objective, gradient, steps = (torch.cat(parts).cpu().numpy() for parts in zip(*solved, strict=True))
     return Probes(
         classes=classes,
@@ -152,9 +146,11 @@ def choose(scores: Float[np.ndarray, "M L"], lambdas: Float[np.ndarray, " L"]) -
 
 
 def _refuse(
-    x: np.ndarray, y: np.ndarray, train: np.ndarray, lambdas: tuple[float, ...], row_weight: np.ndarray | None
+    x: list[np.ndarray], y: np.ndarray, train: np.ndarray, lambdas: tuple[float, ...], row_weight: np.ndarray | None
 ) -> None:
-    if not np.isfinite(x).all():
+    if len(x) not in (1, len(train)):
+        raise ValueError(f"{len(x)} matrices for {len(train)} training masks")
+    if not all(np.isfinite(matrix).all() for matrix in x):
         raise ValueError("an embedding is not finite")
     if not lambdas or min(lambdas) <= 0:
         raise ValueError(f"penalties are positive, not {lambdas}")
@@ -165,33 +161,31 @@ def _refuse(
             raise ValueError(f"training mask {m} holds fewer than two classes, so there is nothing to learn")
 
 
-def _scalers(x: Tensor, train: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation over each mask, float64[M, F]. One mask's rows are gathered at a time."""
-    mu: list[Tensor] = []
-    sd: list[Tensor] = []
-    for mask in train:
-        rows = x[torch.from_numpy(mask).to(x.device)]
-        centre = rows.mean(dim=0)
-        spread = (rows - centre).square().mean(dim=0).sqrt()
-        # A constant column is zero once centred, so its optimal weight is zero; dividing by infinity makes it exactly
-        # that. Relative to the mean as well, as the rounding of a large constant is no spread.
-        spread[spread < 1e-12 * centre.abs().clamp(min=1)] = math.inf
-        mu.append(centre)
-        sd.append(spread)
-    return torch.stack(mu), torch.stack(sd)
+def _designs(
+    x: list[Tensor], train: np.ndarray, mask_of: np.ndarray, classes: int
+) -> Iterator[tuple[Design, int, np.ndarray]]:
+    """Chunks of problems that fit into memory: their design, its first mask, and the problems' numbers.
 
-
-def _axes(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues [F] and eigenvectors [F, F] of the correlation of all training rows, for the preconditioner.
-
-    The Hessian of J is near (mean p (1-p)) Correlation + lambda; the masks overlap so much that one basis serves all.
-    It changes how fast a problem is solved, never its solution.
+    One matrix is shared by all masks, unless it has more than twice as many columns as a mask has rows.
     """
-    everything = torch.ones(1, len(rows), dtype=torch.bool).numpy()
-    mu, sd = _scalers(rows, everything)
-    standardised = (rows - mu) / sd
-    spectrum, axes = torch.linalg.eigh(standardised.T @ standardised / len(rows))
-    return spectrum.clamp(min=0), axes
+    n, width = x[0].shape
+    columns = classes if classes > 2 else 1
+    fewest = int(train.sum(axis=1).max())
+    shared = Shared(x[0], train) if len(x) == 1 and width <= 2 * fewest else None
+    inner = width if shared is not None else min(width, fewest)
+    bytes_each = 8 * columns * (5 * n + (2 * MEMORY + 6) * inner)
+    size = max(1, CHUNK_BYTES // bytes_each)
+    if shared is not None:
+        for start in range(0, len(mask_of), size):
+            yield shared, 0, np.arange(start, min(start + size, len(mask_of)))
+        return
+    # Whole masks at a time, as each brings a matrix of its own.
+    each = len(mask_of) // len(train)
+    masks = max(1, min(size // each, CHUNK_BYTES // (8 * n * inner)))
+    for start in range(0, len(train), masks):
+        some = range(start, min(start + masks, len(train)))
+        own = Own([x[m % len(x)] for m in some], train[some.start : some.stop])
+        yield own, start, np.flatnonzero((mask_of >= some.start) & (mask_of < some.stop))
 
 
 def _weights(

@@ -1,6 +1,6 @@
 """How a representation is asked: linear probe, votes of neighbours, retrieval, prototypes.
 
-Each regime takes a `View` (features and the folds that may read them) and yields what it found, fold by fold. Whatever
+Each regime takes a `View` (the folds, and what a method shows in them) and yields what it found, fold by fold. Whatever
 is fitted is fitted on training rows, whatever is chosen is chosen on validation rows, and test rows are read once.
 """
 
@@ -39,25 +39,31 @@ class Part:
 
 @dataclass(frozen=True)
 class View:
-    """Features of one method and the folds that may read them.
+    """What one method shows in every fold.
 
-    features: what the probe, the votes and the retrieval read.
-    points: what the prototypes read, in `space`.
+    features: float32[n, F] of each fold, what the probe, the votes and the retrieval read; one matrix for all folds, or
+        as many as folds where they were fitted on training rows.
+    points: the same for what the prototypes read, in `space`.
     """
 
     method: str
     task: Task
-    features: Float32[np.ndarray, "n F"]
-    points: Float32[np.ndarray, "n D"]
-    space: spaces.Geometry
     parts: tuple[Part, ...]
+    features: tuple[Float32[np.ndarray, "n F"], ...]
+    points: tuple[Float32[np.ndarray, "n D"], ...]
+    space: spaces.Geometry
 
     def target(self, rows: Int[np.ndarray, " m"]) -> Int[np.ndarray, " m"]:
         return self.task.target[rows]
 
-    def able(self) -> list[Part]:
-        """The folds in which a classifier can be trained and tested."""
-        return [part for part in self.parts if not cannot(part, self.task)]
+    def able(self) -> Iterator[tuple[Part, np.ndarray, np.ndarray]]:
+        """The folds in which a classifier can be trained and tested, with their features and points."""
+        return (shown for shown in self.shown() if not cannot(shown[0], self.task))
+
+    def shown(self) -> Iterator[tuple[Part, np.ndarray, np.ndarray]]:
+        """Every fold with its features and points."""
+        for i, part in enumerate(self.parts):
+            yield part, self.features[i % len(self.features)], self.points[i % len(self.points)]
 
 
 @dataclass
@@ -91,45 +97,46 @@ def cannot(part: Part, task: Task) -> str:
 
 def probe(view: View, lambdas: tuple[float, ...], notes: ProbeNotes) -> Iterator[Answered]:
     """Linear probes of all folds and penalties at once; the penalty of each fold is the best on its validation rows."""
-    parts = view.able()
-    if not parts:
+    shown = list(view.able())
+    if not shown:
         return
-    train = np.stack([part.of == TRAIN for part in parts])
-    probes = fit_probes(view.features, view.task.target, train, lambdas=lambdas)
+    train = np.stack([part.of == TRAIN for part, *_ in shown])
+    matrices = view.features[0] if len(view.features) == 1 else [features for _, features, _ in shown]
+    probes = fit_probes(matrices, view.task.target, train, lambdas=lambdas)
     notes.unsolved += int((~probes.converged).sum())
-    for m, part in enumerate(parts):
+    for m, (part, features, _) in enumerate(shown):
         numbers = range(m * len(lambdas), (m + 1) * len(lambdas))
         val, test = part.rows(VAL), part.rows(TEST)
-        scores = np.array([[_score(probes.predict(view.features[val], p), view.target(val)) for p in numbers]])
+        scores = np.array([[_score(probes.predict(features[val], p), view.target(val)) for p in numbers]])
         best = int(choose(scores, probes.lambdas)[0])
         notes.penalties.append(best)
-        log_p = probes.log_probabilities(view.features[test], numbers[best])
+        log_p = probes.log_probabilities(features[test], numbers[best])
         pred = probes.classes[log_p.argmax(axis=1)]
         yield part, Answers(view.method, "probe", part.fold, part.repeat, test, pred, log_p, probes.classes)
 
 
 def knn(view: View, ks: tuple[int, ...]) -> Iterator[Answered]:
     """Votes of the nearest training rows; k is the best on validation rows, of equals the larger."""
-    for part in view.able():
+    for part, features, _ in view.able():
         train, val, test = part.rows(TRAIN), part.rows(VAL), part.rows(TEST)
-        gallery, target = view.features[train], view.target(train)
+        gallery, target = features[train], view.target(train)
         classes = np.unique(target)
         fitting = tuple(sorted(k for k in ks if k <= len(train) / 2)) or (1,)
         best = fitting[-1]
         if len(val) and len(fitting) > 1:
-            _, winners = neighbours.knn_scores(view.features[val], gallery, target, classes, fitting)
+            _, winners = neighbours.knn_scores(features[val], gallery, target, classes, fitting)
             scores = [_score(winners[i], view.target(val)) for i in range(len(fitting))]
             best = fitting[len(scores) - 1 - int(np.argmax(scores[::-1]))]
-        votes, winners = neighbours.knn_scores(view.features[test], gallery, target, classes, (best,))
+        votes, winners = neighbours.knn_scores(features[test], gallery, target, classes, (best,))
         yield part, Answers(view.method, "knn", part.fold, part.repeat, test, winners[0], votes[0], classes)
 
 
 def prototype(view: View) -> Iterator[Answered]:
     """Nearest class mean of the training rows, in the geometry of the run."""
-    for part in view.able():
+    for part, _, points in view.able():
         train, test = part.rows(TRAIN), part.rows(TEST)
         distance, classes = neighbours.nearest_prototype(
-            view.points[test], view.points[train], view.target(train), space=view.space
+            points[test], points[train], view.target(train), space=view.space
         )
         pred = classes[distance.argmin(axis=1)]
         yield part, Answers(view.method, "prototype", part.fold, part.repeat, test, pred, None, classes)
@@ -137,9 +144,9 @@ def prototype(view: View) -> Iterator[Answered]:
 
 def retrieval(view: View) -> Iterator[Found]:
     """Queries are the test rows, the gallery the training rows; a query without a match in it is left out."""
-    for part in view.parts:
+    for part, features, _ in view.shown():
         train, test = part.rows(TRAIN), part.rows(TEST)
-        found = neighbours.retrieve(view.features[test], view.target(test), view.features[train], view.target(train))
+        found = neighbours.retrieve(features[test], view.target(test), features[train], view.target(train))
         there = found.matched
         reason = "" if there.any() else f"none of {len(test)} queries has a match in the gallery"
         hits = {f"recall_at_{k}": (found.rank < k).astype(np.float64) for k in RECALLS}
@@ -150,10 +157,10 @@ def retrieval(view: View) -> Iterator[Found]:
 
 def violations(view: View) -> Iterator[Found]:
     """Parent violation rate, over all rows and at each depth, against prototypes of the training rows."""
-    tax, space, points = view.task.taxonomy, view.space, view.points
+    tax, space = view.task.taxonomy, view.space
     curvature, clip = (space.curvature, space.clip) if isinstance(space, spaces.PoincareBall) else (0.1, 2.3)
     depth = tax.depth
-    for part in view.parts:
+    for part, _, points in view.shown():
         train, test = part.rows(TRAIN), part.rows(TEST)
         true = view.target(test)
         known = metrics.node_prototypes(points[train], view.target(train), tax, space.name, curvature, clip)
@@ -167,15 +174,15 @@ def violations(view: View) -> Iterator[Found]:
             yield part, Value(name, value, test[counted], reason), found
 
 
-def health(view: View, parts: tuple[Part, ...]) -> Iterator[Found]:
+def health(view: View) -> Iterator[Found]:
     """Numbers of the representation itself, on the rows that are tested in the first repeat (2,000 at most)."""
-    tested = np.any([part.of == TEST for part in parts if part.repeat == 0], axis=0)
+    tested = np.any([part.of == TEST for part in view.parts if part.repeat == 0], axis=0)
     rows = np.flatnonzero(tested)[:HEALTH_ROWS]
-    features = view.features[rows]
+    features = view.features[0][rows]
     found = metrics.representation_health(features) if len(rows) else {}
     found["uniformity"] = said(lambda: metrics.uniformity(features))[0]
     for name, value in found.items():
-        yield parts[0], Value(name, value, rows, "" if np.isfinite(value) else "too few rows"), None
+        yield view.parts[0], Value(name, value, rows, "" if np.isfinite(value) else "too few rows"), None
 
 
 def _score(pred: Int[np.ndarray, " m"], true: Int[np.ndarray, " m"]) -> float:
