@@ -82,7 +82,7 @@ def plan(data: Path, out: Path, earlier: Path | None, given: Mapping[str, Any], 
 
 def pretrain(data: Path, config: settings.Config, out: Path, *, resume: bool, force_unlock: bool, dry_run: bool) -> int:
     """Train, or say what training would do."""
-    from kladi.data import load
+    from kladi.data import load, summary
     from kladi.learn.fit import fit
 
     dataset, inspection = load.load(data, config)
@@ -92,7 +92,7 @@ def pretrain(data: Path, config: settings.Config, out: Path, *, resume: bool, fo
         what = f"train {config.encoder.name} on {_count(len(dataset), 'image')} with {config.objective.name}"
         _line("would", f"{what}, and write {out}")
         return 0
-    fit(dataset, config, out, resume=resume, force_unlock=force_unlock)
+    fit(dataset, config, out, resume=resume, force_unlock=force_unlock, notes=summary.notes(inspection))
     _line("wrote", f"{out}/model.safetensors ({config.encoder.name}, plain timm keys), metrics.jsonl")
     _line("next", f"kladi evaluate {out} {data} --out {out}/eval")
     return 0
@@ -128,7 +128,7 @@ def evaluate(run: Path, data: Path, out: Path, overrides: Mapping[str, str]) -> 
         f"{_count(len(dataset), 'image')}, split by patient" if dataset.has_patients else "no patient ids",
     )
     _warnings(inspection.findings)
-    measured(run, dataset, config, out)
+    measured(run, dataset, config, out, findings=inspection.findings, say=_message)
     written = page.write(out, None)
     _line("wrote", f"{out}/results.json, {written}")
     return 0
@@ -199,6 +199,11 @@ def _warnings(findings: Any) -> None:
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     for name, text in summary.finding_lines([f for f in findings if f.severity != "error"]):
         console.out(f"{name:<{WIDTH}}{text}", highlight=False)
+
+
+def _message(text: str) -> None:
+    """Progress on stderr, where messages go."""
+    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).out(text, highlight=False)
 
 
 def _count(number: int, word: str) -> str:

@@ -21,6 +21,7 @@ import torch
 from kladi import config as settings
 from kladi.data.dataset import TRAIN, Dataset
 from kladi.errors import UserError
+from kladi.learn.console import Silent
 from kladi.learn.fit import fit
 
 CPU_MINUTES = 30
@@ -118,7 +119,7 @@ def smoke(dataset: Dataset, config: settings.Config, steps: int = SMOKE_STEPS) -
     short = settings.override(config, {"train.max_steps": steps, "train.epochs": max(config.train.epochs, steps)})
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        fit(dataset, short, run)
+        fit(dataset, short, run, progress=Silent())
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line for line in lines if "loss" in line]
     monitors = [line["std"] for line in lines if line.get("std") is not None]

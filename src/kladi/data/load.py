@@ -15,14 +15,18 @@ from scipy.sparse.csgraph import connected_components
 from kladi import config as settings
 from kladi.data import checks, manifest, philox, store
 from kladi.data.dataset import HELD_OUT, TEST, TRAIN, VAL, Dataset
-from kladi.data.findings import Finding
+from kladi.data.findings import Finding, line
 from kladi.data.manifest import Manifest
 from kladi.data.store import Store
 from kladi.errors import UserError
 from kladi.structure.labelset import LabelSets
+from kladi.structure.synonyms import Synonyms
+from kladi.structure.synonyms import read as read_synonyms
 from kladi.structure.taxonomy import Taxonomy
 
 HELD_OUT_SHARE = 0.3
+SHOWN_ERRORS = 3
+"""Errors that a command other than `check` lists: a mistake is three lines at most."""
 SHOWN_COLUMNS = ("modality", "anatomy", "laterality", "view", "device", "site", "source")
 """Columns that a report may colour by: facts of the acquisition, never free text about a person."""
 
@@ -49,7 +53,10 @@ def load(data: str | Path, config: settings.Config) -> tuple[Dataset, Inspection
     inspection = inspect(data, config)
     errors = inspection.errors()
     if errors:
-        raise UserError("\n".join(finding.message for finding in errors[:20]))
+        more = (
+            [f"and {len(errors) - SHOWN_ERRORS} more; kladi check lists them all"] if len(errors) > SHOWN_ERRORS else []
+        )
+        raise UserError("\n".join([line(finding) for finding in errors[:SHOWN_ERRORS]] + more))
     return join(inspection, config), inspection
 
 
@@ -57,7 +64,8 @@ def inspect(data: str | Path, config: settings.Config) -> Inspection:
     """Read the manifest, check it, decode every image into the store; collect the faults instead of raising them."""
     rows = manifest.read(data, config.data)
     taxonomy, tree_findings = _taxonomy(rows, config.data)
-    findings = [*rows.findings, *tree_findings, *checks.check(rows, config.data, taxonomy)]
+    supervised = config.objective.name in {"label_tree", "supcon"}
+    findings = [*rows.findings, *tree_findings, *checks.check(rows, config.data, taxonomy, supervised=supervised)]
     built, pixel_findings = store.build(
         [rows.root / path for path in rows.table["path"]],
         rows.table["frame"].to_list(),
@@ -90,7 +98,8 @@ def join(inspection: Inspection, config: settings.Config) -> Dataset:
     label_sets = None
     names = inspection.manifest.metadata
     if names:
-        label_sets = LabelSets.from_columns({name: table[name].to_list() for name in names})
+        cells = {name: table[name].to_list() for name in names}
+        label_sets = LabelSets.from_columns(cells, synonyms=_synonyms(config.data))
     patients = table["patient"]
     group = patient_groups(patients, pixels.pixel_digest)
     return Dataset(
@@ -144,6 +153,11 @@ def _taxonomy(rows: Manifest, data: settings.Data) -> tuple[Taxonomy | None, lis
             return None, []
         tree = Taxonomy.from_paths(labels)
     return tree, [Finding("T2", "warning", text, ()) for text in tree.findings]
+
+
+def _synonyms(data: settings.Data) -> Synonyms | None:
+    """The user's own terms laid over the shipped ones; None: the shipped ones."""
+    return read_synonyms(data.synonyms) if data.synonyms else None
 
 
 def _targets(labels: pl.Series, taxonomy: Taxonomy | None) -> Int[np.ndarray, " n"]:

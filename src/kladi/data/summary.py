@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -63,6 +64,12 @@ def finding_lines(findings: Sequence[Finding]) -> Lines:
             yield (name if i == 0 else ""), number + line(finding)
         if len(chosen) > SHOWN:
             yield "", f"and {len(chosen) - SHOWN:,} more"
+
+
+def notes(inspection: Inspection) -> dict[str, Any]:
+    """What a run keeps of the findings: code, severity, words and row numbers; never a path."""
+    kept = [f for f in inspection.findings if f.severity in {"left out", "skipped", "warning"}]
+    return {"findings": [{"code": f.code, "severity": f.severity, "message": f.message, "rows": f.rows} for f in kept]}
 
 
 def write_csv(findings: Iterable[Finding], path: Path) -> None:

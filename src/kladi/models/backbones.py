@@ -63,16 +63,28 @@ class Encoder(nn.Module):
         self.width = width
         self.architecture = architecture
         self.intensity = intensity
+        self.layout = _layout(model)
 
     @override
     def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
-        return self.model(image)
+        return self.model(image.contiguous(memory_format=self.layout))
 
     def preprocess(self, source: Any) -> Float[Tensor, "C S S"]:
         """One image (a path, or an array of grey levels) as this encoder expects it: the pipeline of its training."""
         from kladi.data.images import preprocess
 
         return preprocess(source, self.intensity)
+
+
+def _layout(model: nn.Module) -> torch.memory_format:
+    """Channels innermost where the model convolves: a CPU is up to three times as fast, and the values are the same.
+
+    Depthwise convolutions are the exception: they are slower that way (ConvNeXt, threefold), so such a model keeps its
+    channels outermost.
+    """
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    depthwise = any(conv.groups > 1 and conv.groups == conv.in_channels for conv in convolutions)
+    return torch.channels_last if convolutions and not depthwise else torch.contiguous_format
 
 
 @dataclass(frozen=True)
