@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from typing_extensions import override
 
 TILE = 2048
 """Rows of a tile, the fastest of 512, 1,024 and 2,048 on two cores; bench/kernel.py measures it (16 MB in float32)."""
@@ -94,11 +95,14 @@ def contrast(
         x = points if points.dtype == torch.float64 else points.float()
         y = None if keys is None else keys.to(x.dtype)
         tables = _cast(tables, x)
-        mass, divisor, attraction = _positives(x, classes, tables, y, key_classes)
+        apart = views if own is not None else 1
+        mass, divisor, attraction = _positives(x, classes, tables, 0 if y is not None else apart, y, key_classes)
         masked_views, own_logits = 1, None
         if own is not None and views > 1:
             own_logits = _own_logits(x, classes, tables, own, views)
-            mass, divisor, attraction = _with_own(classes, tables, own, own_logits, mass, divisor, attraction)
+            mass = mass + own.weight * (views - 1)
+            divisor = divisor + (own.weight if tables.positive is None else 1) * (views - 1)
+            attraction = attraction + own.weight * own_logits.sum(1)
             masked_views = 1 if own.scale is None and tables.bias is None else views
         logsumexp = pair_logsumexp(
             x, classes, tables.scale, tables.bias, views=masked_views, keys=y, key_classes=key_classes, tile=tile
@@ -147,32 +151,43 @@ def pair_logsumexp(
 
 
 def _positives(
-    x: Tensor, classes: Tensor, tables: PairTables, keys: Tensor | None, key_classes: Tensor | None
+    x: Tensor,
+    classes: Tensor,
+    tables: PairTables,
+    views: int,
+    keys: Tensor | None,
+    key_classes: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """m_i, d_i and sum_j W_ij l_ij of each row, from sums over classes."""
+    """m_i, d_i and sum_j W_ij l_ij of each row over the pairs that the tables speak of, from sums over classes.
+
+    views: how many rows of its own a row does not meet: 0 of keys that stand apart, 1 (itself), or all its views.
+
+    Nothing is subtracted that is not a whole number: a row's own class is counted apart from all others, without the
+    row. So a weight of 1e-9 counts beside one of 1, and a row without a positive has exactly zero of them.
+    """
     others, of = (x, classes) if keys is None or key_classes is None else (keys, key_classes)
-    size = len(tables.weight)
-    count = torch.bincount(of, minlength=size).to(x.dtype)
-    sums = x.new_zeros(size, x.shape[1]).index_add(0, of, others)
-    mass = _times(tables.weight, count)
-    divisor = mass if tables.positive is None else _times(tables.positive, count)
+    count = torch.bincount(of, minlength=len(tables.weight)).to(x.dtype)
+    sums = x.new_zeros(len(count), x.shape[1]).index_add(0, of, others)
+    fellows = count[classes] - views
+    beside = sums[classes]
+    if views:
+        beside = beside - x.unflatten(0, (views, -1)).sum(0).repeat(views, 1)
+        beside = torch.where(fellows[:, None] > 0, beside, 0)
+
+    def counted(table: Tensor) -> Tensor:
+        among = _diagonal(table)[classes] * fellows
+        return among if table.ndim == 1 else among + (_off_diagonal(table) @ count)[classes]
+
+    mass = counted(tables.weight)
+    divisor = mass if tables.positive is None else counted(tables.positive)
     pull = _scaled(tables.weight, tables.scale)
-    attraction = (x * _times(pull, sums)[classes]).sum(1)
-    offset = (
-        None if tables.bias is None else _scaled(tables.weight, tables.bias.masked_fill(tables.bias == -math.inf, 0))
-    )
-    if offset is not None:
-        attraction = attraction + _times(offset, count)[classes]
-    mass, divisor = mass[classes], divisor[classes]
-    if keys is None:  # a row is no pair with itself
-        mass = mass - _diagonal(tables.weight)[classes]
-        divisor = divisor - _diagonal(tables.weight if tables.positive is None else tables.positive)[classes]
-        attraction = attraction - _diagonal(pull)[classes] * x.square().sum(1)
-        if offset is not None:
-            attraction = attraction - _diagonal(offset)[classes]
-        # What is left of 3 x 1/3 - 1 is no weight.
-        least = torch.finfo(x.dtype).eps * len(x)
-        mass, divisor = torch.where(mass > least, mass, 0), torch.where(divisor > least, divisor, 0)
+    towards = _diagonal(pull)[classes, None] * beside
+    if pull.ndim == 2:
+        towards = towards + (_off_diagonal(pull) @ sums)[classes]
+    attraction = (x * towards).sum(1)
+    if tables.bias is not None:
+        finite = tables.bias.masked_fill(tables.bias == -math.inf, 0)
+        attraction = attraction + counted(_scaled(tables.weight, finite))
     return mass, divisor, attraction
 
 
@@ -184,33 +199,6 @@ def _own_logits(x: Tensor, classes: Tensor, tables: PairTables, own: OwnView, vi
         return own.scale * cosine + own.bias
     scale = tables.scale if tables.scale.ndim == 0 else _diagonal(tables.scale)[classes][:, None]
     return scale * cosine  # a bias of the tables does not reach own views: they are always compared
-
-
-def _with_own(
-    classes: Tensor,
-    tables: PairTables,
-    own: OwnView,
-    own_logits: Tensor,
-    mass: Tensor,
-    divisor: Tensor,
-    attraction: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Takes out what the tables said of own views, and puts in what `own` says."""
-    others = own_logits.shape[1]
-    told = _diagonal(tables.weight)[classes]
-    counted = told if tables.positive is None else _diagonal(tables.positive)[classes]
-    mass = mass + (own.weight - told) * others
-    divisor = divisor + ((own.weight if tables.positive is None else 1.0) - counted) * others
-    if own.scale is None:
-        return mass, divisor, attraction + ((own.weight - told)[:, None] * own_logits).sum(1)
-    table_scale = tables.scale if tables.scale.ndim == 0 else _diagonal(tables.scale)[classes]
-    cosine = (own_logits - own.bias) / own.scale
-    from_tables = table_scale * cosine.sum(1)
-    if tables.bias is not None:
-        from_tables = (
-            from_tables + _diagonal(tables.bias).masked_fill(_diagonal(tables.bias) == -math.inf, 0)[classes] * others
-        )
-    return mass, divisor, attraction + own.weight * own_logits.sum(1) - told * from_tables
 
 
 def _cast(tables: PairTables, like: Tensor) -> PairTables:
@@ -225,13 +213,6 @@ def _cast(tables: PairTables, like: Tensor) -> PairTables:
     return PairTables(tables.weight.to(like), scale, cast(tables.bias), cast(tables.positive))
 
 
-def _times(table: Tensor, sums: Tensor) -> Tensor:
-    """table @ sums, where a table of one dimension is a diagonal."""
-    if table.ndim == 2:
-        return table @ sums
-    return table * sums if sums.ndim == 1 else table[:, None] * sums
-
-
 def _scaled(weight: Tensor, table: Tensor) -> Tensor:
     """weight * table, entry by entry; the diagonal of the table where the weight is a diagonal."""
     return weight * (_diagonal(table) if weight.ndim == 1 and table.ndim == 2 else table)
@@ -239,6 +220,10 @@ def _scaled(weight: Tensor, table: Tensor) -> Tensor:
 
 def _diagonal(table: Tensor) -> Tensor:
     return table.diagonal() if table.ndim == 2 else table
+
+
+def _off_diagonal(table: Tensor) -> Tensor:
+    return table - torch.diag(table.diagonal())
 
 
 # --- denominators: symmetric tiles -----------------------------------------------------------------------------------
@@ -279,14 +264,15 @@ class _Pairs:
         if table.ndim == 0:
             tile.mul_(table)
             return
-        columns = table[:, self.key_classes[j]]
-        found, counts = torch.unique_consecutive(self.classes[i], return_counts=True)
-        if len(found) > SEGMENTS:
-            tile.mul_(columns[self.classes[i]])
+        found, place = torch.unique(self.classes[i], return_inverse=True)
+        columns = table[found[:, None], self.key_classes[j]]
+        segments, counts = torch.unique_consecutive(place, return_counts=True)
+        if len(segments) > SEGMENTS:
+            tile.mul_(columns[place])
             return
         start = 0
-        for label, count in zip(found.tolist(), counts.tolist(), strict=True):
-            tile[start : start + count].mul_(columns[label])
+        for row, count in zip(segments.tolist(), counts.tolist(), strict=True):
+            tile[start : start + count].mul_(columns[row])
             start += count
 
     def erase(self, tile: Tensor, i: slice, j: slice, value: float) -> None:
@@ -312,7 +298,7 @@ class _Pairs:
         tile = rows[i] @ keys[j].T
         self.multiply(tile, self.scale, i, j)
         if self.bias is not None:
-            tile.add_(self.bias[self.classes[i]][:, self.key_classes[j]])
+            tile.add_(self.bias[self.classes[i][:, None], self.key_classes[j]])
         self.erase(tile, i, j, -math.inf)
         return tile
 
@@ -321,7 +307,10 @@ class _LogSumExp(torch.autograd.Function):
     """Forward sums tiles; backward makes them anew: dL/dx_i = sum_k A_ik (g_i p_ik + g_k p_ki) x_k."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, keys: Tensor | None, pairs: _Pairs) -> Tensor:
+    @override
+    def forward(  # pyrefly: ignore[bad-override]
+        ctx: Any, rows: Tensor, keys: Tensor | None, pairs: _Pairs
+    ) -> Tensor:
         other = rows if keys is None else keys
         total, kept = (_bounded if pairs.bounded else _online)(rows, other, pairs)
         ctx.pairs, ctx.apart = pairs, keys is not None
@@ -330,7 +319,10 @@ class _LogSumExp(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    @override
+    def backward(  # pyrefly: ignore[bad-override]
+        ctx: Any, gradient: Tensor
+    ) -> tuple[Tensor, Tensor | None, None]:
         rows, keys, total, *kept = ctx.saved_tensors
         pairs: _Pairs = ctx.pairs
         to_rows = torch.zeros_like(rows)
@@ -359,14 +351,14 @@ class _LogSumExp(torch.autograd.Function):
 
 def _bounded(rows: Tensor, keys: Tensor, pairs: _Pairs) -> tuple[Tensor, Tensor | None]:
     """log of the sums of exponentials that cannot overflow; the tile itself where there is but one."""
-    sums = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+    sums = rows.new_zeros(len(rows))
     tile = None
     for i, j in pairs.tiles():
         tile = pairs.exponentials(rows, keys, i, j)
         sums[i] += tile.sum(1)
         if pairs.symmetric and i != j:
             sums[j] += tile.sum(0)
-    return sums.log().to(rows.dtype), tile if pairs.single else None
+    return sums.log(), tile if pairs.single else None
 
 
 def _online(rows: Tensor, keys: Tensor, pairs: _Pairs) -> tuple[Tensor, None]:
