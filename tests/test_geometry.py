@@ -1,5 +1,6 @@
 """Sphere and ball: against naive formulas, against geoopt, at their limits, at their extremes."""
 
+import doctest
 import math
 
 import pytest
@@ -236,3 +237,9 @@ def test_impossible_spaces_are_refused(arguments, word):
 def test_named():
     assert geometry.named("sphere") == Sphere()
     assert geometry.named("poincare", 1.0, 3.0) == PoincareBall(1.0, 3.0)
+
+
+def test_examples_in_docstrings():
+    result = doctest.testmod(geometry)
+    assert result.failed == 0
+    assert result.attempted > 0

@@ -1,6 +1,7 @@
 """Hierarchy-weighted contrast and level-aware margins: worked numbers, naive loops, reductions, laws, edges."""
 
 import copy
+import doctest
 import itertools
 import math
 
@@ -12,7 +13,7 @@ from scipy import stats
 
 import reference
 from kladi.evaluate import metrics
-from kladi.losses import HierarchyWeightedContrastiveLoss, LevelAwareMarginLoss, label_tree
+from kladi.losses import HierarchyWeightedContrastiveLoss, LevelAwareMarginLoss, label_prototypes, label_tree
 from kladi.losses.contrast import PairTables, contrast
 from kladi.losses.contrast_ball import contrast_in_ball
 from kladi.losses.geometry import PoincareBall
@@ -772,6 +773,13 @@ def test_share_of_clipped_rows_is_told():
         sphere(z, target)
         assert ball.clipped == 0.5
         assert sphere.clipped is None
+
+
+@pytest.mark.parametrize("module", [label_tree, label_prototypes], ids=lambda m: m.__name__)
+def test_examples_in_docstrings(module):
+    result = doctest.testmod(module)
+    assert result.failed == 0
+    assert result.attempted > 0
 
 
 def test_modules_print_their_arguments():

@@ -1,5 +1,6 @@
 """Metrics: worked examples, naive loops, other people's libraries, the identities, and what is undefined."""
 
+import doctest
 import itertools
 import math
 import warnings
@@ -11,7 +12,7 @@ from scipy.special import log_softmax
 from sklearn import metrics as sk
 
 import reference
-from kladi.evaluate import metrics
+from kladi.evaluate import metrics, metrics_flat
 from kladi.evaluate.metrics import UndefinedMetric
 from kladi.structure.taxonomy import Taxonomy
 
@@ -755,3 +756,10 @@ def test_tree_accuracy_is_never_negative():
     tax = Taxonomy.from_paths(["a/b/c/d/e", "a/b/c/d/f"])
     top, leaf = np.asarray(tax.index(["a"])), np.asarray(tax.index(["a/b/c/d/e"]))
     assert metrics.tree_accuracy(top, leaf, tax) == 0  # four edges away, the diameter is two
+
+
+@pytest.mark.parametrize("module", [metrics, metrics_flat], ids=lambda m: m.__name__)
+def test_examples_in_docstrings(module):
+    result = doctest.testmod(module)
+    assert result.failed == 0
+    assert result.attempted > 0

@@ -200,6 +200,12 @@ def hierarchical_f1(pred: Labels, true: Labels, tax: Taxonomy, average: str = "m
 
     On a tree whose leaves share one depth and meet only at the root, micro F1 of leaf predictions *is* `tree_accuracy`
     and the mean of `level_accuracy`: one number there, not three findings. nan for no rows. IndexError: a foreign id.
+
+    >>> tax = Taxonomy.from_paths(["US/breast/benign", "US/breast/malignant", "MR/brain"])
+    >>> true = tax.index(["US/breast/benign", "MR/brain"])
+    >>> pred = tax.index(["US/breast/malignant", "MR/brain"])
+    >>> round(hierarchical_f1(pred, true, tax), 3)
+    0.8
     """
     return float(_precision_recall_f1(pred, true, tax, average)[2])
 

@@ -87,6 +87,9 @@ def roc_auc(score: Scores, positive: Flags) -> float:
 
     The chance that a positive scores above a negative, ties counting half. nan where a class is absent or alone.
     Raises ValueError for a nan score.
+
+    >>> roc_auc(np.array([0.9, 0.8, 0.1]), np.array([True, False, False]))
+    1.0
     """
     s, y = as_float64(score, "score"), as_array(positive)
     n_positive = int(y.sum())

@@ -44,6 +44,10 @@ def _squared_norm(x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n 1"]:
 def normalise(z: Float[Tensor, "*n D"]) -> Float[Tensor, "*n D"]:
     """`z / max(||z||, 1e-12)`: each row to length one, a zero row to zero.
 
+    >>> normalise(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    tensor([[0.6000, 0.8000],
+            [0.0000, 0.0000]])
+
     A row shorter than 1e-12 gets no gradient. Its true gradient is 1e12 times that of its neighbours, along no
     meaningful direction, and would drown the batch.
     """

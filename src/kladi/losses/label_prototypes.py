@@ -116,6 +116,14 @@ class LevelAwareMarginLoss(nn.Module):
 
     Raises ValueError at construction for arguments out of range and for a DAG, naming the node with several parents;
     IndexError for a target outside the taxonomy.
+
+    >>> tax = Taxonomy.from_paths(["A/x", "A/y", "B/z"])
+    >>> target = torch.from_numpy(tax.index(["A/x", "A/y", "B/z"]))
+    >>> loss = LevelAwareMarginLoss(tax, dim=2)
+    >>> loss(torch.tensor([[[1.0, 0.0], [0.6, 0.8], [-0.6, 0.8]]]), target).item()
+    0.0
+    >>> round(loss(torch.tensor([[[0.8, 0.6], [0.0, 1.0], [0.6, 0.8]]]), target).item(), 5)
+    0.73682
     """
 
     def __init__(
@@ -168,8 +176,8 @@ class LevelAwareMarginLoss(nn.Module):
             x = self.space.embed(spaces.at_least_float32(z.flatten(0, 1)))
             self.clipped = clipped_share(z, self.space)
             paths = self.ancestors[target].repeat(len(z), 1)
-            # A clone: the update below would otherwise change tensors that backward still needs.
-            prototypes, seen = self.prototypes.clone().to(x.dtype), self.seen > 0
+            # Backward keeps only the rows it looked up, which are copies: the update below may write in place.
+            prototypes, seen = self.prototypes.to(x.dtype), self.seen > 0
             loss, self.idle = level_aware_margin(
                 x,
                 paths,

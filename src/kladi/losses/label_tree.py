@@ -140,6 +140,12 @@ class HierarchyWeightedContrastiveLoss(nn.Module):
     a zero that keeps its graph. A zero row: a point at the origin.
 
     Raises ValueError at construction for arguments out of range; IndexError for a target outside the taxonomy.
+
+    >>> tax = Taxonomy.from_paths(["A/x", "A/y", "B/z"])
+    >>> z = torch.tensor([[[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [-0.6, 0.8]]])
+    >>> target = torch.from_numpy(tax.index(["A/x", "A/x", "A/y", "B/z"]))
+    >>> round(HierarchyWeightedContrastiveLoss(tax, temperature=0.5)(z, target).item(), 5)
+    0.30561
     """
 
     def __init__(
