@@ -1,19 +1,21 @@
-"""What the streaming pair kernel costs, against the least that a dense one could, and against peers.
+"""What the pairwise losses cost: CPU time beside three bare matrix products, and memory, ours and peers'.
 
     python bench/kernel.py [--quick]
 
-The floor is three dense products: Z Z^T, and the two products of an n x n matrix with an n x D one that its backward
-needs. Nothing that holds all pairs can be faster. Times are CPU seconds of forward and backward over those of the floor,
-each ratio from runs side by side, the median of them; memory is the peak of the process above what it held before, its
-inputs among that. Each line is measured in a process of its own, with 2 threads that sleep while they wait (waiting is no
-work, and on a busy machine it would be counted as such). Peers run where memory permits.
+The floor is what any dense loss must multiply, and nothing else: Z Z^T forward, G Z and G^T Z backward, into memory
+that is there already. A ratio below 1 says that the whole loss, forward and backward, is cheaper than those products;
+ours can be, because a tile serves its rows and its columns. Float32, D = 128, two threads; the rows are synthetic, for
+the work does not depend on them. In each round floor and losses take turns in one process; a ratio is the median over
+rounds of CPU seconds. Memory is the peak above the inputs, in a process for each loss, and for ours also at 32,768 rows.
+Peers run where they need less than 10 GB. Linux only: the peak is read from /proc.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -21,176 +23,176 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-DIMENSIONS = 128
-TEMPERATURE = 0.1
-CLASSES = (2, 3, 5)
-"""Branches at each depth of the label tree: 30 leaves. The same 30 classes are (modality, anatomy) pairs, 6 x 5."""
-OURS = ("SupCon", "Jaccard", "tree-weighted")
-PEERS = ("dense formula", "lightly NT-Xent", "pytorch-metric-learning SupCon")
-MATRICES = {"dense formula": 6, "lightly NT-Xent": 7, "pytorch-metric-learning SupCon": 12}
-"""n x n float32 matrices that a peer may hold at once, rounded up: what decides whether there is memory for it."""
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+D = 128
+ROUNDS = {2048: 9, 8192: 5, 16384: 3}
+ONLY_MEMORY = [32768]
+MOST = 10e9
+OURS = ["NT-Xent", "SupCon", "Jaccard", "tree-weighted"]
+PEERS = ["SupCon, dense formula", "SupCon, pytorch-metric-learning", "NT-Xent, lightly"]
 
 
-def main() -> int:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="n = 2,048 and 8,192, fewer repeats, no peer above 2,048")
-    parser.add_argument("--child", nargs=3, metavar=("WHAT", "N", "REPEATS"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child:
-        what, n, repeats = options.child
-        sys.stdout.write(json.dumps(measure(what, int(n), int(repeats))))
-        return 0
-    began = time.monotonic()
-    sizes = (2048, 8192) if options.quick else (2048, 8192, 16384)
-    print(f"forward + backward, float32, D = {DIMENSIONS}, 2 threads: CPU time / floor, and peak MB above inputs\n")
-    heads = [f"n = {n:,}" for n in sizes] + ([] if options.quick else ["n = 32,768"])
-    print("| | " + " | ".join(heads) + " |")
-    print("|---" * (len(heads) + 1) + "|")
-    for what in OURS + PEERS:
-        cells = []
-        for n in sizes:
-            if what in PEERS and ((options.quick and n > 2048) or not fits(what, n)):
-                cells.append("-" if options.quick else "no memory")
-                continue
-            repeats = {2048: 15, 8192: 5, 16384: 3}[n] if what in OURS else {2048: 7, 8192: 2, 16384: 1}[n]
-            cells.append(words(child(what, n, 3 if options.quick and n > 2048 else repeats)))
-        if not options.quick:
-            cells.append(words(child(what, 32768, 0)) if what in OURS else "-")
-        print(f"| {what} | " + " | ".join(cells) + " |", flush=True)
-    print(f"\n{time.monotonic() - began:.0f} s in all")
-    return 0
+def embeddings(n: int) -> Tensor:
+    """Two views of n / 2 images."""
+    return torch.randn(2, n // 2, D, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
 
-def child(what: str, n: int, repeats: int) -> dict[str, float]:
-    """Measure in a process of its own."""
-    environment = dict(os.environ, OMP_NUM_THREADS="2", MKL_NUM_THREADS="2", OMP_WAIT_POLICY="passive")
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", what, str(n), str(repeats)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+def loss_of(name: str, n: int) -> Callable[[Tensor], Tensor]:
+    """z [2, n / 2, D] -> scalar."""
+    B = n // 2
+    g = torch.Generator().manual_seed(1)
+    target = torch.randint(20, (B,), generator=g)
+    if name == "NT-Xent":
+        from kladi.losses import NTXentLoss
+
+        return NTXentLoss(0.1)
+    if name == "SupCon":
+        from kladi.losses import SupConLoss
+
+        module = SupConLoss(0.1)
+        return lambda z: module(z, target)
+    if name == "Jaccard":
+        from kladi.losses import MultiLabelContrastiveLoss
+
+        columns = [torch.randint(k, (B,), generator=g) for k in (3, 9)]  # a modality and an anatomy, as in metadata
+        sets = torch.cat([torch.nn.functional.one_hot(c) for c in columns], 1).bool()
+        jaccard = MultiLabelContrastiveLoss(0.07, 0.3)
+        return lambda z: jaccard(z, sets)
+    if name == "tree-weighted":
+        from kladi.losses import HierarchyWeightedContrastiveLoss
+        from kladi.structure.taxonomy import Taxonomy
+
+        tax = Taxonomy.from_paths([f"{i % 4}/{i % 20}/{i}" for i in range(100)])
+        leaves = torch.tensor(tax.leaves.tolist())[torch.randint(100, (B,), generator=g)]
+        tree = HierarchyWeightedContrastiveLoss(tax)
+        return lambda z: tree(z, leaves)
+    if name == "SupCon, dense formula":
+        both = target.repeat(2)
+        return lambda z: dense_supcon(normalize(z.flatten(0, 1), dim=1), both, 0.1)
+    if name == "SupCon, pytorch-metric-learning":
+        from pytorch_metric_learning.losses import SupConLoss as Theirs
+
+        peer = Theirs(temperature=0.1)
+        return lambda z: peer(z.flatten(0, 1), target.repeat(2))
+    from lightly.loss import NTXentLoss as Lightly
+
+    lightly = Lightly(temperature=0.1)
+    return lambda z: lightly(z[0], z[1])
+
+
+def dense_supcon(x: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """SupCon as its equation is written."""
+    logits = x @ x.T / temperature
+    logits = logits.masked_fill(torch.eye(len(x), dtype=torch.bool), -torch.inf)
+    log_p = logits - logits.logsumexp(1, keepdim=True)
+    positive = (target[:, None] == target).fill_diagonal_(False)
+    return -(log_p.masked_fill(~positive, 0).sum(1) / positive.sum(1).clamp_min(1)).mean()
+
+
+# --- in a child process -----------------------------------------------------------------------------------------------
+
+
+def times(n: int, names: list[str]) -> dict[str, float]:
+    """CPU seconds over those of the floor, and of the floor itself under ''."""
+    z = embeddings(n)
+    losses = {name: loss_of(name, n) for name in names}
+    flat = normalize(z.detach().flatten(0, 1), dim=1)
+    square, out = flat.new_zeros(n, n), torch.empty_like(flat)
+
+    def floor() -> None:
+        torch.mm(flat, flat.T, out=square)
+        torch.mm(square, flat, out=out)
+        torch.mm(square.T, flat, out=out)
+
+    def seconds(work: Callable[[], object]) -> float:
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+
+    found: dict[str, list[float]] = {name: [] for name in ["", *names]}
+    for turn in range(ROUNDS[n] + 1):
+        for name in names:
+            bare = seconds(floor)
+            loss = seconds(lambda name=name: torch.autograd.grad(losses[name](z), z))
+            if turn:  # the first is a warm-up
+                found[""].append(bare)
+                found[name].append(loss / bare)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def peak(n: int, name: str) -> float:
+    """Bytes above what the process holds once the inputs are made and a small call has loaded the code."""
+
+    def kilobytes(field: str) -> int:
+        found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if found is None:
+            raise RuntimeError("this kernel does not tell the peak memory of a process")
+        return int(found[1])
+
+    small = embeddings(256)
+    torch.autograd.grad(loss_of(name, 256)(small), small)
+    z, loss = embeddings(n), loss_of(name, n)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = kilobytes("VmRSS")
+    torch.autograd.grad(loss(z), z)
+    return 1024.0 * (kilobytes("VmHWM") - before)
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def child(*arguments: str) -> dict[str, float]:
+    """Run this script on one job. Threads that wait must sleep: spinning would count as CPU seconds."""
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+    done = subprocess.run(
+        [sys.executable, __file__, "--job", *arguments], capture_output=True, text=True, env=environment, check=False
+    )
     if done.returncode:
-        raise SystemExit(f"{what} at n = {n}: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout)
+        raise RuntimeError(f"{arguments} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def words(found: dict[str, float]) -> str:
-    """One cell: ratio (peak memory)."""
-    ratio = f"{found['ratio']:.2f} " if "ratio" in found else ""
-    return f"{ratio}({found['megabytes']:,.0f} MB)"
+def table(sizes: list[int], only_memory: list[int]) -> None:
+    memory: dict[tuple[str, int], float] = {}
+    ratio: dict[tuple[str, int], float] = {}
+    for n in sizes:
+        # A dense peer needs four times as much for twice the rows: ask before it is tried.
+        names = OURS + [p for p in PEERS if 16 * memory.get((p, n // 4), memory.get((p, n // 2), 0) / 4) < MOST]
+        for name in names:
+            memory[name, n] = child("peak", str(n), name)["peak"]
+        for name, value in child("times", str(n), *[m for m in names if memory[m, n] < MOST]).items():
+            ratio[name, n] = value
+    for n in only_memory:
+        for name in OURS:
+            memory[name, n] = child("peak", str(n), name)["peak"]
+    print(f"{'rows':32}" + "".join(f"{n:>21,}" for n in [*sizes, *only_memory]))
+    for name in ["", *OURS, *PEERS]:
+        row = f"{name or 'three products (CPU s)':32}"
+        for n in [*sizes, *only_memory]:
+            if not name:
+                row += f"{f'{ratio[name, n]:.3f} s' if (name, n) in ratio else '':>21}"
+                continue
+            spent = f"{ratio[name, n]:.2f} x" if (name, n) in ratio else ("" if n in only_memory else "-")
+            held = f"{memory[name, n] / 1e6:,.0f} MB" if (name, n) in memory else "-"
+            row += f"{spent:>10}{held:>11}"
+        print(row)
 
 
-def fits(what: str, n: int) -> bool:
-    """Whether the machine has memory for a peer's matrices now, and a quarter to spare."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    return MATRICES[what] * n * n * 4 * 1.25 < free
-
-
-# --- in the child -----------------------------------------------------------------------------------------------------
-
-
-def measure(what: str, n: int, repeats: int) -> dict[str, float]:
-    """Peak memory of one call, then the median ratio of its CPU time to that of the floor beside it."""
-    import torch
-
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="2,048 rows only")
+    parser.add_argument("--job", nargs="+", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
     torch.set_num_threads(2)
-    torch.manual_seed(0)
-    z = torch.randn(2, n // 2, DIMENSIONS).requires_grad_()
-    step = stepper(what)
-    step(torch.randn(2, 128, DIMENSIONS).requires_grad_())  # whatever is made once is made now
-    reset_peak()
-    before = peak()
-    step(z)
-    found = {"megabytes": (peak() - before) / 1e6}
-    if repeats:
-        floor(z)
-        ratios = []
-        for _ in range(repeats):
-            least = cpu_seconds(lambda: floor(z))
-            z.grad = None
-            ratios.append(cpu_seconds(lambda: step(z)) / least)
-        found["ratio"] = statistics.median(ratios)
-    return found
-
-
-def stepper(what: str):  # noqa: ANN201 - torch is imported in the child only
-    """Forward and backward of one loss on float[2, B, D]; targets are the same for the same B."""
-    import torch
-    from torch.nn.functional import normalize
-
-    from kladi import Taxonomy, losses
-
-    a, b, c = CLASSES
-    leaves = [f"{i}/{j}/{k}" for i in range(a) for j in range(b) for k in range(c)]
-    tax = Taxonomy.from_paths(leaves)
-    ours = {
-        "SupCon": losses.SupConLoss(TEMPERATURE),
-        "Jaccard": losses.MultiLabelContrastiveLoss(TEMPERATURE),
-        "tree-weighted": losses.HierarchyWeightedContrastiveLoss(tax, TEMPERATURE),
-    }
-
-    def supcon(rows: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        rows = normalize(rows, dim=1)
-        logits = rows @ rows.T / TEMPERATURE
-        logits = logits.masked_fill(torch.eye(len(rows), dtype=torch.bool), -torch.inf)
-        log_p = logits - torch.logsumexp(logits, dim=1, keepdim=True)
-        positive = (label[:, None] == label).fill_diagonal_(False)
-        return -(torch.where(positive, log_p, 0).sum(1) / positive.sum(1)).mean()
-
-    def step(z: torch.Tensor) -> None:
-        target = torch.from_numpy(tax.leaves)[torch.arange(z.shape[1]) * 7 % len(leaves)]
-        place = torch.arange(z.shape[1]) * 7 % len(leaves)
-        if what == "Jaccard":
-            sets = torch.cat([torch.eye(a * b)[place // c], torch.eye(c)[place % c]], dim=1) > 0
-            loss = ours[what](z, sets)
-        elif what in ours:
-            loss = ours[what](z, target)
-        elif what == "dense formula":
-            loss = supcon(z.flatten(0, 1), target.repeat(2))
-        elif what == "lightly NT-Xent":
-            from lightly.loss import NTXentLoss
-
-            loss = NTXentLoss(temperature=TEMPERATURE)(z[0], z[1])
-        else:
-            from pytorch_metric_learning.losses import SupConLoss
-
-            loss = SupConLoss(temperature=TEMPERATURE)(z.flatten(0, 1), target.repeat(2))
-        loss.backward()
-
-    return step
-
-
-def floor(z) -> None:  # noqa: ANN001
-    """Three dense products."""
-    rows = z.detach().flatten(0, 1)
-    pairs = rows @ rows.T
-    _ = pairs @ rows, pairs.T @ rows
-
-
-def cpu_seconds(call: Callable[[], None]) -> float:
-    """CPU time of all threads of this process."""
-    began = time.process_time()
-    call()
-    return time.process_time() - began
-
-
-def reset_peak() -> None:
-    """Let the peak start from what is held now; where the system does not offer that, the peak of the imports stays."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        pass
-
-
-def peak() -> int:
-    """Bytes of the process at their highest."""
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if arguments.job:
+        kind, n, *names = arguments.job
+        print(json.dumps(times(int(n), names) if kind == "times" else {"peak": peak(int(n), names[0])}))
+    else:
+        table([2048], []) if arguments.quick else table(sorted(ROUNDS), ONLY_MEMORY)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()
