@@ -7,12 +7,12 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from kladi.data.dataset import TRAIN, Dataset
-from kladi.errors import RunStopped, UserError
+from kladi.errors import RunStopped
 from kladi.learn import monitors
 from kladi.learn.console import WIDTH, Lines, Row, body, duration, head, printable
 from kladi.learn.objectives import Supervised
@@ -116,7 +116,7 @@ class Log:
         what = "done" if t.last == t.steps else "stopped"
         self.say(what, f"step {t.step:,}, {duration(seconds)}; effective rank {spread.rank:.0f} of {dim}, {alarm}")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Log:
         return self
 
     def __exit__(
@@ -139,8 +139,6 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _board(run: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError('--train.tensorboard needs a package: pip install "kladi[tensorboard]"') from error
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(run / "tensorboard"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 from collections.abc import Mapping
@@ -100,6 +101,8 @@ def check(train: settings.Train) -> None:
     for key, good, words in wrong:
         if not good:
             raise UserError(f"--train.{key} {getattr(train, key)}: takes {words}")
+    if train.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError('--train.tensorboard needs a package: pip install "kladi[tensorboard]"')
 
 
 def optimizer_of(objective: torch.nn.Module, train: settings.Train) -> Optimizer:
