@@ -187,6 +187,16 @@ def test_d2_without_pixel_data(tmp_path):
     assert tags_of(ds, tmp_path) == dicom.Skipped("DICOM without Pixel Data", "D2", True)
 
 
+def test_d2_a_file_cut_before_its_pixels_is_no_skip(tmp_path):
+    """It was an image: left out, inside the limit of what may be left out."""
+    data = data_of(picture(ramp()))
+    for value in (b"MONOCHROME2", b"1.2.3.4"):  # one that is read, one that is passed over
+        end = data.rindex(value) + 5
+        found = fault(data[:end])
+        assert (found.code, found.skip) == ("D13", False)
+        assert "do not fill the file" in found.reason
+
+
 def test_d2_without_transfer_syntax():
     """Read where the length is exactly right, left out where it is not."""
     ds = picture(ramp(), syntax=uid.ImplicitVRLittleEndian)
@@ -216,9 +226,10 @@ def test_d3_a_private_syntax_is_not_spelt_out():
     assert found.reason.startswith("a private transfer syntax")
 
 
-def test_d3_the_gpl_decoder_is_never_asked():
-    for syntax in dicom.CLASSIC_JPEG:
-        assert "pylibjpeg" not in dicom._plugins(syntax)
+def test_d3_every_codec_of_the_extra_is_found():
+    assert {syntax.name: dicom._plugins(syntax) for syntax in dicom.DECODERS} == {
+        syntax.name: list(names) for syntax, names in dicom.DECODERS.items()
+    }
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -677,7 +688,7 @@ def outcome(path):
 def test_every_real_file_is_an_image_or_has_a_reason():
     outcomes = {p.name: outcome(p) for p in REAL}
     faults = {name: found for name, found in outcomes.items() if isinstance(found, Unreadable)}
-    assert {f.code for f in faults.values()} <= {"D1", "D2", "D9", "D15", "I3", "I5"}
+    assert {f.code for f in faults.values()} <= {"D1", "D2", "D9", "D13", "D15", "I3", "I5"}
     left_out = sorted(name for name, f in faults.items() if not f.skip and f.code.startswith("D"))
     assert left_out == [
         "JPEG2000-embedded-sequence-delimiter.dcm",  # damaged on purpose
@@ -968,6 +979,24 @@ def test_frames_are_chosen():
     for bad in ("0", "-1", "some"):
         with pytest.raises(ValueError, match="not all, middle, first or a number"):
             dicom_tags.select_frames(5, bad)
+
+
+@pytest.mark.parametrize("window", ["file", "percentile", "fixed"])
+@pytest.mark.parametrize("voi", [None, (500.0, 900.0, "SIGMOID"), dicom_grey.Table(3, np.arange(900.0), 10)])
+@pytest.mark.parametrize("padding", [None, (0, 50), (-2000, 5000)])
+def test_looking_values_up_is_the_same_as_computing_each_pixel(window, voi, padding):
+    values = np.random.default_rng(0).integers(-100, 1000, (64, 48))
+    grey = dicom_grey.Grey(1.7, -33.0, None, voi, True, padding)
+    pipeline = replace(FILE, window=window)
+    looked_up, rule = dicom_grey.to_pixels(values, grey, pipeline, 16)
+    unit_, same = dicom_grey.to_unit(values, grey, pipeline)
+    np.testing.assert_array_equal(looked_up, np.rint(unit_ * 65535))
+    assert rule == same
+
+
+def test_d5_a_rescale_beyond_all_numbers():
+    for more in ({"RescaleSlope": "1e308"}, {"RescaleSlope": "1e304", "RescaleIntercept": "1.79e308"}):
+        assert fault(picture(ramp(), **more)).code == "D5"
 
 
 def test_table_lookup_clamps_at_both_ends():

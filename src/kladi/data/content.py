@@ -118,8 +118,8 @@ def _decoders() -> dict[str, str]:
         "nibabel",
         "pydicom",
         "pyjpegls",
+        "pylibjpeg",
         "pylibjpeg-openjpeg",
-        "pylibjpeg-rle",
         "python-gdcm",
     )
     found = {}

@@ -33,7 +33,7 @@ from kladi.data.frame import Limits, Opened, Unreadable
 from kladi.data.intensity import fit, store_side
 from kladi.errors import RunStopped
 
-PATIENCE = 120.0
+PATIENCE = 60.0
 """Seconds without an answer after which a decoder is taken for hung, and its file left out."""
 AHEAD = 4
 """Frames that a child is told of before it has answered: it never waits for the parent."""

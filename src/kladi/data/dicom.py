@@ -28,20 +28,31 @@ from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels import get_decoder
 
 from kladi import config as settings
-from kladi.data.dicom_grey import read_grey, to_unit
+from kladi.data.dicom_grey import read_grey, to_pixels
 from kladi.data.dicom_header import PIXEL_TAGS, Header, integer, quiet, read_header, texts
 from kladi.data.dicom_palette import apply_palette
 from kladi.data.dicom_tags import Skipped, Tags, read_tags
 from kladi.data.frame import Frame, Limits, Opened, Unreadable, check_size
-from kladi.data.intensity import to_integers
 
 GREY = {"MONOCHROME1", "MONOCHROME2"}
 COLOUR = {"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT"}
 PALETTE = "PALETTE COLOR"
-PREFERRED = ("pillow", "pyjpegls", "pylibjpeg", "pydicom", "gdcm")
-"""Order of the decoders. Pillow first: its OpenJPEG is the newest; gdcm last, as its JPEG 2000 is the oldest."""
-CLASSIC_JPEG = {uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLossless, uid.JPEGLosslessSV1}
-"""pylibjpeg reads these through pylibjpeg-libjpeg, which is GPL: it is not asked, even where it is installed."""
+DECODERS = {
+    uid.RLELossless: ("pydicom",),
+    uid.JPEGBaseline8Bit: ("pillow", "gdcm"),
+    uid.JPEGExtended12Bit: ("pillow", "gdcm"),
+    uid.JPEGLossless: ("gdcm",),
+    uid.JPEGLosslessSV1: ("gdcm",),
+    uid.JPEGLSLossless: ("pyjpegls", "gdcm"),
+    uid.JPEGLSNearLossless: ("pyjpegls", "gdcm"),
+    uid.JPEG2000Lossless: ("pillow", "pylibjpeg"),
+    uid.JPEG2000: ("pillow", "pylibjpeg"),
+    uid.HTJ2KLossless: ("pylibjpeg",),
+    uid.HTJ2KLosslessRPCL: ("pylibjpeg",),
+    uid.HTJ2K: ("pylibjpeg",),
+}
+"""Transfer syntax -> who is asked, in order. Not asked on purpose: pylibjpeg for classic JPEG (GPL) and for RLE (it
+loops for ever or panics on damaged frames), GDCM for JPEG 2000 (an old OpenJPEG)."""
 
 
 @dataclass(frozen=True)
@@ -187,8 +198,8 @@ def _read(dataset: pydicom.Dataset, pixels: bytes, layout: Layout, index: int, i
         if layout.photometric in GREY:
             values = stored_values(dataset, pixels, layout, index)
             grey = read_grey(dataset, index, signed=layout.signed, stored=layout.stored, big_endian=layout.big_endian)
-            unit, rule = to_unit(values, grey, intensity)
-            return Frame(to_integers(unit, 8 if layout.stored <= 8 else 16), grey.notes, rule)
+            shown, rule = to_pixels(values, grey, intensity, 8 if layout.stored <= 8 else 16)
+            return Frame(shown, grey.notes, rule)
         colour = _colour(dataset, pixels, layout, index)
     if layout.stored <= 8 and colour.dtype != np.uint8:
         colour = np.rint(colour / 257.0).astype(np.uint8)
@@ -206,7 +217,9 @@ def stored_values(dataset: pydicom.Dataset, pixels: bytes, layout: Layout, index
     raw = _decoded(dataset, pixels, layout, index, stored=layout.allocated, signed=False)
     if layout.allocated == 1:
         return raw
-    values = raw.astype(np.int64) >> (layout.high + 1 - layout.stored)
+    if layout.stored == layout.allocated and not layout.signed:
+        return raw
+    values = raw.astype(np.int32 if layout.allocated <= 16 else np.int64) >> (layout.high + 1 - layout.stored)
     values &= (1 << layout.stored) - 1
     if layout.signed:
         sign = 1 << (layout.stored - 1)
@@ -250,6 +263,9 @@ def _decoded(
         options["allow_excess_frames"] = False
         return get_decoder(layout.syntax).as_array(pixels, index=index, **options)[0]
     frame = _one_frame(dataset, pixels, layout, index)
+    if layout.syntax in _JPEG_2000:
+        # Some writers put a whole JP2 file in; pydicom's walk through its boxes never ends where one has length 0.
+        frame = frame[max(0, frame.find(_J2K_START)) :]
     _check_codestream(frame, layout)
     options["number_of_frames"] = 1
     tried = 0
@@ -261,8 +277,7 @@ def _decoded(
             alone = encapsulate([frame], has_bot=False)
             return get_decoder(layout.syntax).as_array(alone, index=0, decoding_plugin=plugin, **options)[0]
     name = f"{_syntax_name(layout.syntax)}, {layout.stored} bits"
-    missing = "" if "gdcm" in _plugins(layout.syntax) else '; pip install "kladi[dicom]" adds others'
-    raise Unreadable(f"{name}: damaged, or not read by the {tried} installed decoders{missing}", "D15")
+    raise Unreadable(f"{name}: damaged, or not read by any of {tried} decoders (kladi[dicom] has all)", "D15")
 
 
 def _twelve_bits(frame: bytes, layout: Layout) -> np.ndarray:
@@ -300,13 +315,12 @@ def _one_frame(dataset: pydicom.Dataset, pixels: bytes, layout: Layout, index: i
 
 
 def _plugins(syntax: str) -> list[str]:
-    """Names of the installed decoders of a transfer syntax, the preferred first."""
+    """Names of the installed decoders that are asked for a transfer syntax, in order."""
     try:
         available = get_decoder(syntax).available_plugins
     except NotImplementedError:
         return []
-    names = [name for name in PREFERRED if name in available]
-    return [n for n in names if not (n == "pylibjpeg" and syntax in CLASSIC_JPEG)]
+    return [name for name in DECODERS.get(uid.UID(syntax), ()) if name in available]
 
 
 def _syntax_name(syntax: str) -> str:
@@ -330,11 +344,13 @@ def _check_codestream(frame: bytes, layout: Layout) -> None:
 _JPEG_2000 = {uid.JPEG2000Lossless, uid.JPEG2000, uid.HTJ2K, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL}
 
 
-def _jpeg_2000_size(frame: bytes) -> tuple[int, int] | None:
-    at = frame.find(b"\xff\x4f\xff\x51")
-    if at < 0 or len(frame) < at + 24:
-        return None
-    x1, y1, x0, y0 = (int.from_bytes(frame[at + o : at + o + 4], "big") for o in (8, 12, 16, 20))
+_J2K_START = b"\xff\x4f\xff\x51"  # start of codestream, then its size
+
+
+def _jpeg_2000_size(frame: bytes) -> tuple[int, int]:
+    if not frame.startswith(_J2K_START) or len(frame) < 24:
+        raise Unreadable(f"truncated JPEG 2000 frame ({len(frame):,} bytes)", "D9")
+    x1, y1, x0, y0 = (int.from_bytes(frame[at : at + 4], "big") for at in (8, 12, 16, 20))
     return x1 - x0, y1 - y0
 
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pydicom
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool, Float64, Integer, UInt8, UInt16
 
 from kladi import config as settings
 from kladi.data.dicom_header import items, numbers, texts, words
 from kladi.data.frame import Unreadable
-from kladi.data.intensity import between, linear, linear_exact, percentile_bounds, sigmoid
+from kladi.data.intensity import between, linear, linear_exact, percentile_bounds, sigmoid, to_integers
 
 FUNCTIONS = {"LINEAR": linear, "LINEAR_EXACT": linear_exact, "SIGMOID": sigmoid}
 
@@ -28,7 +28,7 @@ class Table:
     entries: Float64[np.ndarray, " n"]
     bits: int
 
-    def look_up(self, x: Float64[np.ndarray, "H W"]) -> Float64[np.ndarray, "H W"]:
+    def look_up(self, x: Float64[np.ndarray, "..."]) -> Float64[np.ndarray, "..."]:
         return self.entries[np.clip(np.rint(x) - self.first, 0, len(self.entries) - 1).astype(np.int64)]
 
 
@@ -73,14 +73,43 @@ def read_grey(dataset: pydicom.Dataset, frame: int, *, signed: bool, stored: int
     return Grey(slope, intercept, modality, voi, inverse, padding, tuple(notes))
 
 
-def to_unit(values: np.ndarray, grey: Grey, intensity: settings.Intensity) -> tuple[Float64[np.ndarray, "H W"], str]:
+def to_pixels(
+    values: Integer[np.ndarray, "H W"], grey: Grey, intensity: settings.Intensity, bits: int
+) -> tuple[UInt8[np.ndarray, "H W"] | UInt16[np.ndarray, "H W"], str]:
+    """Stored values -> [0, 1] as uint8 (`bits` 8) or uint16, and the rule that made it.
+
+    The chain is a function of the stored value alone, so where a picture has more pixels than possible values it is
+    computed once for each value and looked up: the same numbers, several times as fast.
+    """
+    lowest, highest = int(values.min()), int(values.max())
+    if highest - lowest >= values.size:
+        unit, rule = to_unit(values, grey, intensity)
+        return to_integers(unit, bits), rule
+    every = np.arange(lowest, highest + 1)[None]
+    kept = values if grey.padding is None else values[_keep(values, grey.padding)]
+    bounds = None
+    if intensity.window != "fixed" and (intensity.window == "percentile" or grey.voi is None):
+        bounds = percentile_bounds(_modality(kept, grey), None, float(intensity.low), float(intensity.high))
+    unit, rule = to_unit(every, grey, intensity, bounds=bounds)
+    return to_integers(unit, bits)[0][values - lowest], rule
+
+
+def to_unit(
+    values: Integer[np.ndarray, "H W"],
+    grey: Grey,
+    intensity: settings.Intensity,
+    *,
+    bounds: tuple[float, float] | None = None,
+) -> tuple[Float64[np.ndarray, "H W"], str]:
     """Stored values [H, W] -> [0, 1], and the rule that made them: "VOI LUT", "file window", "percentile", "fixed".
 
-    Padding stays out of the percentiles and ends at 0, also where the picture is inverted.
+    Padding stays out of the percentiles (or `bounds`, where they are known) and ends at 0, also in an inverted picture.
+
+    Raises:
+        Unreadable: D5 where the rescale leads beyond the largest float.
     """
     keep = _keep(values, grey.padding)
-    x = values.astype(np.float64)
-    x = grey.modality.look_up(x) if grey.modality else x * grey.slope + grey.intercept
+    x = _modality(values, grey)
     voi = grey.voi if intensity.window == "file" else None
     if intensity.window == "fixed":
         unit, rule = linear(x, float(intensity.center), max(float(intensity.width), 1.0)), "fixed"
@@ -90,11 +119,22 @@ def to_unit(values: np.ndarray, grey: Grey, intensity: settings.Intensity) -> tu
         center, width, function = voi
         unit, rule = FUNCTIONS[function](x, center, width), "file window"
     else:
-        low, high = percentile_bounds(x, keep, float(intensity.low), float(intensity.high))
+        low, high = bounds or percentile_bounds(x[keep], None, float(intensity.low), float(intensity.high))
         unit, rule = between(x, low, high), "percentile"
     if grey.inverse:
         unit = 1.0 - unit
-    return unit if keep is None else np.where(keep, unit, 0.0), rule
+    return np.where(keep, unit, 0.0), rule
+
+
+def _modality(values: Integer[np.ndarray, "..."], grey: Grey) -> Float64[np.ndarray, "..."]:
+    x = values.astype(np.float64)
+    if grey.modality is not None:
+        return grey.modality.look_up(x)
+    with np.errstate(over="ignore"):
+        x = x * grey.slope + grey.intercept
+    if not np.isfinite(x).all():
+        raise Unreadable("RescaleSlope or RescaleIntercept leads beyond the largest number", "D5")
+    return x
 
 
 def functional(dataset: pydicom.Dataset, frame: int, name: str) -> pydicom.Dataset | None:
@@ -175,8 +215,9 @@ def _as_stored(dataset: pydicom.Dataset, name: str, *, signed: bool, big_endian:
     return int(value[:1].view(np.int16)[0]) if signed else int(value[0])
 
 
-def _keep(values: np.ndarray, padding: tuple[int, int] | None) -> Bool[np.ndarray, "H W"] | None:
+def _keep(values: Integer[np.ndarray, "..."], padding: tuple[int, int] | None) -> Bool[np.ndarray, "..."]:
+    """Where there is an image; everywhere if all of it would be padding."""
     if padding is None:
-        return None
+        return np.ones(values.shape, dtype=bool)
     outside = (values < padding[0]) | (values > padding[1])
-    return None if bool(outside.all()) else outside
+    return outside if bool(outside.any()) else ~outside

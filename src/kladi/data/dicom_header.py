@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pydicom
 from pydicom import uid
+from pydicom.dataelem import RawDataElement
 from pydicom.filereader import read_dataset
 from pydicom.tag import Tag
 
@@ -153,15 +154,24 @@ def _read(
         file = io.BytesIO(_without_charset(file.read(), little=little))
         met.clear()
         dataset = read_dataset(_binary(file), implicit, little, stop_when=stop, specific_tags=wanted)
-    if not len(dataset) and not met:
-        raise Unreadable("DICOM without any element that is needed", "D9")
     refuse_no_image(dataset)
+    if not met and (not len(dataset) or _broken_off(file, dataset)):
+        raise Unreadable("damaged DICOM: its elements do not fill the file, and Pixel Data is not among them", "D13")
     return Header(dataset, syntax, not little, bool(met), notes)
 
 
 def _binary(file: Any) -> Any:
     """pydicom's annotation asks for more than it uses."""
     return file
+
+
+def _broken_off(file: io.BufferedIOBase, dataset: pydicom.Dataset) -> bool:
+    """Whether the last element promised more than there was, or reading stopped before the end."""
+    at = file.tell()
+    if at != file.seek(0, io.SEEK_END):
+        return True
+    raw = [e for e in dataset.values() if isinstance(e, RawDataElement) and isinstance(e.value, bytes)]
+    return any(e.length != 0xFFFFFFFF and len(e.value or b"") != e.length for e in raw)
 
 
 def _without_charset(data: bytes, *, little: bool) -> bytes:
