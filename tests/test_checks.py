@@ -77,6 +77,15 @@ def test_m16_rows_without_a_file_leak_too(tmp_path):
     assert of(found, "M16")[0].rows == (1, 9)
 
 
+def test_rows_without_a_file_are_checked_and_not_counted(tmp_path):
+    base = made(tmp_path, label=["US", "MR"] * 3, patient=people(6))
+    aside = base.table.head(2).with_columns(
+        row=pl.Series([8, 9]), label=pl.Series(["US/thyriod", None]), patient=pl.lit(None, dtype=pl.String)
+    )
+    found = checks.check(Manifest(tmp_path, base.table, set_aside=aside), GIVEN, TREE)
+    assert [(f.code, f.rows) for f in found] == [("T5", (8,))]
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["a", "b", "c", None]), st.sampled_from(["train", "val", "test", None]))))
 def test_m16_is_found_exactly_where_it_is(tmp_path_factory, rows):

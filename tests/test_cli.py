@@ -90,13 +90,13 @@ def test_check_lists_faults_and_answers_1(capsys, ward, tmp_path):
     text = (ward / "manifest.csv").read_text()
     bad = ward / "bad.csv"
     lines = text.splitlines()
-    bad.write_text(
-        "\n".join([*lines, lines[1].replace(",train", ",trian")]) + "\nabsent.png" + "," * lines[0].count(",")
-    )
+    bad.write_text("\n".join([*lines, lines[1].replace("plain", "plian")]) + "\nabsent.png" + "," * lines[0].count(","))
     code, out, _ = said(capsys, "check", bad)
     bad.unlink()
     assert code == 1
     assert "not ready" in out
+    assert "two labels" in out
+    assert "file missing" in out
 
 
 @pytest.mark.slow

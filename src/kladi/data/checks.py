@@ -1,7 +1,7 @@
 """What the columns of a manifest say together, before any picture is opened: splits, patients, labels against the tree.
 
 Each check is a function of the manifest that returns findings; `check` runs them all, so that a user mends everything
-in one go. Rows whose file is missing are checked too.
+in one go. Splits and labels of rows whose file is missing are checked too; only rows with a file are counted.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ def check(
         supervised: whether the objective needs labels: then none, or a single class, is an error.
         folds: of the evaluation; fewer patients lower it, which is said. 0: nothing is said.
     """
-    rows = _all_rows(manifest)
+    every = _rows_of(manifest.table, manifest.set_aside)
+    present = _rows_of(manifest.table)
     tree = taxonomy if data.taxonomy else None  # a tree made of the labels holds every label
     return (
-        *splits(rows, allow_leak=data.allow_leak),
-        *patients(rows, folds=folds),
-        *labels(rows, tree, Path(data.taxonomy).name),
-        *classes(rows, supervised=supervised),
+        *splits(every, allow_leak=data.allow_leak),
+        *patients(present, folds=folds),
+        *labels(every, tree, Path(data.taxonomy).name),
+        *classes(present, supervised=supervised),
     )
 
 
-def _all_rows(manifest: Manifest) -> pl.DataFrame:
-    columns = ["row", "label", "patient", "split"]
-    rows = pl.concat([manifest.table.select(columns), manifest.set_aside.select(columns)])
+def _rows_of(*tables: pl.DataFrame) -> pl.DataFrame:
+    rows = pl.concat([table.select("row", "label", "patient", "split") for table in tables])
     return rows.unique("row", keep="first", maintain_order=True).sort("row")  # frames of one file are one row here
 
 
@@ -78,6 +78,8 @@ def splits(rows: pl.DataFrame, *, allow_leak: bool = False) -> list[Finding]:
 
 def patients(rows: pl.DataFrame, *, folds: int = 0) -> list[Finding]:
     """M17 (blank ids), M18 (fewer patients than folds), M9 and M10 (ids that differ in zeros or case only)."""
+    if not rows.height:
+        return []
     patient = rows["patient"]
     found: list[Finding] = []
     blank = patient.is_null()
@@ -181,6 +183,8 @@ def _zero_twins(labelled: pl.DataFrame, names: list[str]) -> list[Finding]:
 
 def classes(rows: pl.DataFrame, *, supervised: bool = False) -> list[Finding]:
     """M13 (how many are labelled), M14 (one class), M15 (a class of one image or few patients)."""
+    if not rows.height:
+        return []
     labelled = rows.drop_nulls("label")
     severity: Severity = "error" if supervised else "warning"
     if not labelled.height:

@@ -15,7 +15,7 @@ from scipy.sparse.csgraph import connected_components
 from kladi import config as settings
 from kladi.data import checks, manifest, philox, store
 from kladi.data.dataset import HELD_OUT, TEST, TRAIN, VAL, Dataset
-from kladi.data.findings import Finding, line
+from kladi.data.findings import Finding, line, merged
 from kladi.data.manifest import Manifest
 from kladi.data.store import Store
 from kladi.errors import UserError
@@ -75,14 +75,15 @@ def inspect(data: str | Path, config: settings.Config) -> Inspection:
         config=config.data,
     )
     findings += pixel_findings
-    left_out = {row for f in pixel_findings if f.severity == "left out" for row in f.rows}
-    if rows.table.height and len(left_out) / rows.table.height > config.data.max_left_out:
-        share = len(left_out) / rows.table.height
+    left_out = {row for f in findings if f.severity == "left out" for row in f.rows}
+    asked = len({*rows.table["row"].to_list(), *left_out})
+    if asked and len(left_out) / asked > config.data.max_left_out:
         message = (
-            f"{len(left_out)} of {rows.table.height} images cannot be read ({share:.0%}), "
+            f"{len(left_out):,} of {asked:,} images cannot be read ({len(left_out) / asked:.0%}), "
             f"more than --data.max_left_out {config.data.max_left_out}"
         )
         findings.append(Finding("M5", "error", message, tuple(sorted(left_out))))
+    findings = merged(findings)  # a header is read twice, for its tags and for its pixels
     inspection = Inspection(rows, taxonomy, built, tuple(findings))
     if not inspection.errors():
         findings += _leaks(join(inspection, config), config.data)
