@@ -3,8 +3,8 @@
     python bench/mosaic_label_tree.py MANIFEST TAXONOMY --out OUT [--seeds 3] [--arms a,b] [section.key=value ...]
 
 Arms: SimCLR, SupCon, label_tree (HWC + 0.5 LAM), and label_tree on a tree whose leaves are shuffled (another draw for
-each seed; evaluation is on the true tree). The manifest's own split is used: pretraining and the probe read train, every
-choice is made on val, test is read once. A finished run is not trained again, so the study can be killed and goes on.
+each seed; evaluation is on the true tree). The manifest's own split is used: pretraining and the probe read train,
+every choice is made on val, test is read once. A finished run is not trained again, so the study can be killed and goes on.
 
 Leaves OUT/results.json with OUT/report.html, and prints the table of docs/results as Markdown.
 """
@@ -183,7 +183,7 @@ def representation(
 def compared(
     drawn: dict[comparisons.Key, comparisons.Drawn], pairs: list[tuple[str, str]], task: Task, parts: tuple[Part, ...]
 ) -> list[dict[str, Any]]:
-    """Differences with intervals by patient. One split, so no test over folds: seeds on one split are training noise."""
+    """Differences with intervals by patient. One split, so no test over folds: seeds on it are training noise."""
     found = comparisons.compare(drawn, pairs, task, parts)
     for c in found:
         c.update(corrected_t_p=None, holm_p=None, wilcoxon_p=None, least_p=None, rank_biserial=None)

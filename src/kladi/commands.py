@@ -56,6 +56,7 @@ def plan(data: Path, out: Path, earlier: Path | None, given: Mapping[str, Any], 
         "plan", f"{facts.images:,} images, {facts.patients:,} patients, {facts.leaves} labels", f"{facts.cores} cores"
     )
     _warnings(inspection.findings)
+    proof = None
     if smoke:
         dataset, _ = load.load(data, config)
         proof = planning.smoke(dataset, config)
@@ -68,7 +69,7 @@ def plan(data: Path, out: Path, earlier: Path | None, given: Mapping[str, Any], 
         _line(key, f"{_shown(getattr(getattr(config, section), name.split('.')[0])):<24} {reason}", width=26)
     if facts.held_out_patients:
         _line("held out", f"{facts.held_out_patients:,} patients, never seen in pretraining", width=26)
-    if smoke:
+    if proof is not None:
         _line(
             "smoke",
             f"{planning.SMOKE_STEPS} steps: loss {proof.first_loss:.2f} -> {proof.last_loss:.2f}, finite, "

@@ -292,9 +292,11 @@ def _coerced(value: Any, kind: Any, what: str) -> Any:
             )
         return value
     if origin is tuple:
-        parts = [p.strip() for p in value.split(",") if p.strip()] if isinstance(value, str) else value
-        if not isinstance(parts, list | tuple):
-            parts = [parts]
+        parts: list[Any] = [value]
+        if isinstance(value, str):
+            parts = [p.strip() for p in value.split(",") if p.strip()]
+        elif isinstance(value, (list, tuple)):
+            parts = list(value)
         if args[-1] is not Ellipsis and len(parts) != len(args):
             raise UserError(f"{what} takes {len(args)} values, not {len(parts)}")
         inner = [args[0]] * len(parts) if args[-1] is Ellipsis else list(args)

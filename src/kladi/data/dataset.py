@@ -23,8 +23,8 @@ class Dataset:
     row_id: 64 bits of the content's digest (unique; ties broken by path).
     manifest_row: 1-based row of the manifest, to name an image to the user.
     group: patients as 0..G-1 (a row without an id is its own group).
-    split: TRAIN, VAL, TEST as the manifest says; where it says nothing, TRAIN for about 70 % of the patients and HELD_OUT
-        for the rest. Pretraining reads TRAIN rows only; the folds of the evaluation lie inside HELD_OUT.
+    split: TRAIN, VAL, TEST as the manifest says; where it says nothing, TRAIN for about 70 % of the patients and
+        HELD_OUT for the rest. Pretraining reads TRAIN rows only; the folds of the evaluation lie inside HELD_OUT.
     taxonomy: None where no row has a label.
     target: node id, -1 where unlabelled.
     label_sets: the metadata; None where no column was asked for.

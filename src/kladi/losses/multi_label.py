@@ -25,8 +25,8 @@ class SupConLoss(nn.Module):
         temperature: T > 0.
 
     Shape: z float[V, B, D] un-normalised, target int64[B] of any label ids -> scalar. float64 in, float64 out;
-    otherwise float32, also under autocast. After a forward, `idle` is the share of rows without a positive; where that is all of
-    them the loss is a zero that keeps its graph.
+    otherwise float32, also under autocast. After a forward, `idle` is the share of rows without a positive; where that
+    is all of them the loss is a zero that keeps its graph.
 
     Source: Khosla et al., NeurIPS 2020, eq. 2 (L_out), with all rows as anchors.
 
@@ -97,7 +97,7 @@ class MultiLabelContrastiveLoss(nn.Module):
         if not 0 < threshold <= 1:
             least = _least_useful(similarity)
             raise ValueError(
-                f"threshold must be in (0, 1], not {threshold!r}: at 0 all pairs are positive; {least} means any overlap"
+                f"threshold must be in (0, 1], not {threshold!r}: at 0 every pair counts; {least} means any overlap"
             )
         if normalise not in {"count", "weight"}:
             raise ValueError(f'normalise must be "count" or "weight", not {normalise!r}')
