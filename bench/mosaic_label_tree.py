@@ -4,7 +4,7 @@
 
 Arms: SimCLR, SupCon, label_tree (HWC + 0.5 LAM), and label_tree on a tree whose leaves are shuffled (another draw for
 each seed; evaluation is on the true tree). The manifest's own split is used: pretraining and the probe read train,
-every choice is made on val, test is read once. A finished run is not trained again, so the study can be killed and goes on.
+every choice is made on val, test is read once. A finished run is not trained again, so a killed study goes on.
 
 Leaves OUT/results.json with OUT/report.html, and prints the table of docs/results as Markdown.
 """
