@@ -214,7 +214,7 @@ def test_umap_repeats_and_keeps_clusters_together():
         np.float32
     )
     embeddings = dataclasses.replace(describe(made, features), columns={"site": ("a", "b", "c") * 80})
-    first, second = atlas.draw(embeddings), atlas.draw(embeddings)
+    first, second = atlas.draw(embeddings, kind="umap"), atlas.draw(embeddings, kind="umap")
     assert first.kind == "umap"
     np.testing.assert_array_equal(first.points, second.points)
     from kladi.evaluate.neighbours import purity

@@ -30,8 +30,8 @@ MOST_POINTS = 2000
 THUMBNAIL = 48
 """Longest side of a thumbnail, pixels: enough to tell a chest from a foot, too little to read a name."""
 NEIGHBOURS = 10
-FEWEST_UMAP = 200
-"""With fewer points there are no neighbourhoods to unfold, and two components are the honester picture."""
+FEWEST_UMAP = 500
+"""With fewer points there is little to unfold, and compiling UMAP takes longer than everything else."""
 SPLIT_NAMES = {TRAIN: "train", VAL: "val", TEST: "test", HELD_OUT: "held out"}
 HIDDEN_MODALITIES = frozenset({"us", "ivus", "ultrasound", "sc", "secondary capture", "ot"})
 """Kinds of image that carry text in their pixels, often a name: never shown."""

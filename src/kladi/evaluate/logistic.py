@@ -60,8 +60,13 @@ class Batch:
         stalled = torch.zeros_like(value, dtype=torch.bool)
         for step in range(max_steps + 1):
             size = gradient.abs().amax(dim=(0, 2))
-            done = (size < tolerance) | stalled | (step == max_steps)
-            if done.any():
+            direction = self._direction(gradient, history, curvature)
+            # Half the Newton decrement estimates what is left to gain, which a small gradient alone does not bound
+            # where the penalty is weak.
+            gain = -0.5 * (direction * gradient).sum(dim=(0, 2))
+            done = ((size < tolerance) & (gain <= tolerance * value)) | stalled | (step == max_steps)
+            # Taking problems out copies what stays, so it waits until an eighth has finished; those go on meanwhile.
+            if 8 * int(done.sum()) >= len(done):
                 ids = active[done]
                 point[:, ids], objective[ids], largest[ids] = self.point[:, done], value[done], size[done]
                 steps[ids.cpu()] = step
@@ -69,10 +74,9 @@ class Batch:
                 if not len(keep):
                     break
                 active, value, gradient = active[keep], value[keep], gradient[:, keep]
-                curvature = curvature[:, keep]
+                curvature, direction = curvature[:, keep], direction[:, keep]
                 history = [(s[:, keep], u[:, keep], r[keep]) for s, u, r in history]
                 self._keep(keep)
-            direction = self._direction(gradient, history, curvature)
             value, new_gradient, moved, stalled, residual = self._line_search(direction, value, gradient)
             change = new_gradient - gradient
             bend = (moved * change).sum(dim=(0, 2))
@@ -141,7 +145,9 @@ class Batch:
         value = torch.where(weight > 0, weight * loss, 0.0).sum(dim=0)
         if direction is None:
             return value, torch.zeros_like(value), residual
-        slope = torch.where((weight > 0)[:, None], residual * direction, 0.0).sum(dim=(0, 1))
+        slope = (residual * direction).sum(dim=(0, 1))
+        if not torch.isfinite(slope).all():  # zero times the infinite logit of a row outside the mask
+            slope = torch.where((weight > 0)[:, None], residual * direction, 0.0).sum(dim=(0, 1))
         return value, slope, residual
 
     def _line_search(
