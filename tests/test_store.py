@@ -174,7 +174,12 @@ def test_frames_of_one_file(tmp_path):
 def test_i16_the_mix_is_counted(data, tmp_path):
     built, findings = made(data, tmp_path, replace(SMALL, channels=3))
     assert built.images.shape == (5, 3, 32, 32)
-    assert built.facts == {"window": {"full range": 5}, "channels": {"colour": 1, "grey": 4}}
+    assert built.facts == {
+        "format": {"JPEG": 1, "PNG": 4},
+        "bits": {"8-bit": 5},
+        "window": {"full range": 5},
+        "channels": {"colour": 1, "grey": 4},
+    }
     assert [f.message for f in findings if f.code == "I16"] == [
         "1 image colour, 4 grey; --intensity.channels 3: grey is repeated"
     ]

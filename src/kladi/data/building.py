@@ -145,6 +145,8 @@ class _Rows:
         self.pixel_digest = np.zeros(n, dtype=np.uint64)
         self.colour = np.zeros(n, dtype=bool)
         self.windows: Counter[str] = Counter()
+        self.kinds: Counter[str] = Counter()
+        self.bits: Counter[str] = Counter()
 
     def take(self, answer: Answer, row_id: UInt64[np.ndarray, " n"]) -> None:
         position = answer.key
@@ -153,11 +155,15 @@ class _Rows:
         self.pixel_digest[position] = row_id[position] if answer.blank else answer.pixel_digest
         self.colour[position] = answer.colour
         self.windows[answer.window] += 1
+        self.kinds[answer.kind] += 1
+        if answer.square is not None:
+            self.bits[f"{8 * answer.square.dtype.itemsize}-bit"] += 1
 
     def facts(self) -> dict[str, dict[str, int]]:
         colour = int(self.colour.sum())
+        found = {"format": self.kinds, "bits": self.bits, "window": self.windows}
         counts = {"colour": colour, "grey": int(self.kept.sum()) - colour}
-        return {"window": dict(sorted(self.windows.items())), "channels": counts}
+        return {**{name: dict(sorted(counter.items())) for name, counter in found.items()}, "channels": counts}
 
     def mixed(self, channels: int) -> list[dict[str, Any]]:
         colour, grey = np.flatnonzero(self.colour), int(self.kept.sum() - self.colour.sum())

@@ -29,6 +29,7 @@ class Decoded:
     blank: whether every channel is constant.
     window: which rule made [0, 1] of the stored values.
     notes: (code, sentence) of what was done or looks odd.
+    kind: the format of the file, by content.
     """
 
     pixels: Integers
@@ -36,6 +37,7 @@ class Decoded:
     blank: bool
     window: str
     notes: tuple[tuple[str, str], ...]
+    kind: str
 
 
 def decode(
@@ -157,21 +159,29 @@ def read_frame(opened: Opened, frame: int, intensity: settings.Intensity) -> Dec
     shape = picture.pixels.shape
     if len(shape) not in (2, 3) or min(shape[:2]) < MIN_SIDE or shape[2:] not in ((), (3,)):
         raise Unreadable(f"damaged {opened.kind}: decoded to an array of shape {shape}", "I13")
-    return finish(picture, intensity, notes)
+    return finish(picture, intensity, opened.kind, notes)
 
 
-def finish(picture: Frame, intensity: settings.Intensity, notes: tuple[tuple[str, str], ...] = ()) -> Decoded:
+def finish(
+    picture: Frame, intensity: settings.Intensity, kind: str, notes: tuple[tuple[str, str], ...] = ()
+) -> Decoded:
     """A reader's frame -> the channels of the pipeline, [C, H, W]."""
     pixels = picture.pixels
     colour = pixels.ndim == 3 and not _channels_agree(pixels)
     if pixels.ndim == 3 and not colour:
         pixels = pixels[..., 0]
-    blank = bool((pixels.min(axis=(0, 1)) == pixels.max(axis=(0, 1))).all()) if colour else pixels.min() == pixels.max()
+    blank = _is_blank(pixels)
     if intensity.channels == 1:
         pixels = luminance(pixels)[None] if colour else pixels[None]
     else:
         pixels = pixels.transpose(2, 0, 1) if colour else np.broadcast_to(pixels, (3, *pixels.shape))
-    return Decoded(np.ascontiguousarray(pixels), colour, bool(blank), picture.window, (*picture.notes, *notes))
+    return Decoded(np.ascontiguousarray(pixels), colour, blank, picture.window, (*picture.notes, *notes), kind)
+
+
+def _is_blank(pixels: np.ndarray) -> bool:
+    """Whether every pixel equals the first; the middle row tells nearly always."""
+    first = pixels[0, 0]
+    return bool((pixels[len(pixels) // 2] == first).all()) and bool((pixels == first).all())
 
 
 def _channels_agree(pixels: np.ndarray) -> bool:

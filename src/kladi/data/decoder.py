@@ -61,6 +61,7 @@ class Answer:
     colour: bool = False
     blank: bool = False
     window: str = ""
+    kind: str = ""
     notes: tuple[tuple[str, str], ...] = ()
 
 
@@ -321,6 +322,7 @@ def _answer(
         "colour": image.colour,
         "blank": image.blank,
         "window": image.window,
+        "kind": image.kind,
         "notes": image.notes,
     }
     return told, square

@@ -100,10 +100,7 @@ def open_dicom(data: bytes, intensity: settings.Intensity, limits: Limits) -> Op
         check_layout(layout, len(pixels), limits, told=header.syntax is not None)
         if layout.syntax not in _NATIVE and not _plugins(layout.syntax):
             raise Unreadable(f'{_syntax_name(layout.syntax)}: pip install "kladi[dicom]"', "D3")
-        notes = header.notes
-        if texts(dataset, "BurnedInAnnotation")[:1] == ["YES"]:
-            notes = (*notes, ("D12", "the header says that text is burnt into the picture"))
-    return Opened("DICOM", layout.frames, 0, lambda i: _read(dataset, pixels, layout, i, intensity), notes)
+    return Opened("DICOM", layout.frames, 0, lambda i: _read(dataset, pixels, layout, i, intensity), header.notes)
 
 
 def read_layout(header: Header) -> Layout:

@@ -175,7 +175,7 @@ def _tags(header: Header, size: int, limits: Limits) -> Tags:
     anatomy, rung, conflict = _anatomy(dataset, groups)
     patient, kind = _patient(dataset)
     burnt_in = texts(dataset, "BurnedInAnnotation")[:1] == ["YES"]
-    warnings = [text for _, text in header.notes]
+    warnings: list[str] = []  # what is odd about the file itself is said when it is decoded
     if burnt_in:
         warnings.append("the header says that text is burnt into the picture")
     if _is_secondary_capture(dataset):

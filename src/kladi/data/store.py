@@ -52,7 +52,8 @@ class Store:
         because blank images are no copies of each other.
     source: position in the list that the store was built from.
     digest: of pipeline and row ids: the same wherever and whenever the same images are decoded.
-    facts: counts of what was noticed, e.g. {"window": {"file window": 12}, "channels": {"grey": 10, "colour": 2}}.
+    facts: counts, e.g. {"format": {"DICOM": 12}, "bits": {"16-bit": 12}, "window": {"file window": 12},
+        "channels": {"grey": 10, "colour": 2}}.
     folder: where it lies.
     """
 
