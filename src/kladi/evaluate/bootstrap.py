@@ -76,7 +76,7 @@ def patient_draws(
 
 
 def draw_means(
-    metrics: Sequence[Metric], rows: Sequence[Int[np.ndarray, " m"]], draws: PatientDraws
+    metrics: Sequence[Metric], rows: Sequence[Int[np.ndarray, " _"]], draws: PatientDraws
 ) -> Float[np.ndarray, " draws"]:
     """The metric of every fold under each draw, then the mean over the folds; nan where no fold defines it.
 
