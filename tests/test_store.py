@@ -307,6 +307,24 @@ def test_a_script_without_main_guard_works(data, tmp_path):
     assert run.stdout == "1\n"
 
 
+def test_a_module_beside_the_script_shadows_no_library(data, tmp_path):
+    folder, _ = data
+    (tmp_path / "PIL.py").write_text("raise SystemExit('not this one')")
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import sys; here = sys.path.pop(0); sys.path.insert(0, {str(SOURCE)!r})
+        from kladi.config import Intensity
+        from kladi.data import store
+        sys.path.insert(0, here)
+        built, _ = store.build([{str(folder / "0.png")!r}], [-1], Intensity(size=28), {str(tmp_path / "store")!r})
+        print(len(built))
+    """)
+    )
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, check=True)
+    assert run.stdout == "1\n"
+
+
 def test_any_number_of_workers_gives_the_same_bits(data, tmp_path):
     _, paths = data
     one, _ = store.build(paths, [-1] * len(paths), SMALL, tmp_path / "one", workers=1)
@@ -483,9 +501,9 @@ def test_d15_a_decoder_that_hangs_is_ended(tmp_path, monkeypatch):
     (tmp_path / "b.png").write_bytes(b"hang")
     jobs = [decoder.Job(k, str(tmp_path / f"{n}.png"), -1) for k, n in enumerate("abc")]
     start = time.monotonic()
-    answers = {a.key: a for a in decoder.decode_all(jobs, SMALL, Limits(), workers=1, patience=1.0)}
-    assert time.monotonic() - start < 20
-    assert answers[1].fault.reason == "the decoder gave no answer in 1 s and was ended"
+    answers = {a.key: a for a in decoder.decode_all(jobs, SMALL, Limits(), workers=1, patience=4.0)}
+    assert time.monotonic() - start < 60
+    assert answers[1].fault.reason == "the decoder gave no answer in 4 s and was ended"
     np.testing.assert_array_equal(answers[2].square[0], picture(2, 32, 32))
 
 
