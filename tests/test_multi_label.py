@@ -274,7 +274,7 @@ def test_a_third_is_reached_by_a_third():
 
 @pytest.mark.parametrize("threshold", [0.0, -0.3, 1.01, math.nan])
 def test_threshold_outside_its_range_is_refused(threshold):
-    with pytest.raises(ValueError, match=r"threshold must be in \(0, 1\], not .*at 0 all pairs are positive"):
+    with pytest.raises(ValueError, match=r"threshold must be in \(0, 1\], not .*at 0 every pair counts"):
         MultiLabelContrastiveLoss(threshold=threshold)
 
 
