@@ -185,7 +185,7 @@ def check_layout(layout: Layout, length: int, limits: Limits, *, told: bool) -> 
     if not told and length not in (expected, expected + expected % 2):
         raise Unreadable(f"no transfer syntax, and {length:,} bytes are not the {expected:,} of {size}", "D2")
     if length < expected:
-        raise Unreadable(f"{size} are {expected:,} bytes; the file stores {length:,}", "D9")
+        raise Unreadable(f"cut off: {size} are {expected:,} bytes; the file stores {length:,}", "D9")
     if length - expected >= max(2, layout.frame_bits // 8):
         raise Unreadable(f"{size} are {expected:,} bytes; the file stores {length:,}: NumberOfFrames is wrong", "D9")
 
