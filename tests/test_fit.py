@@ -365,7 +365,7 @@ def test_fixed_rows_do_not_depend_on_the_order_of_the_data(data):
         patch.setattr(monitors, "ROWS", 10)
         one, two = monitors.fixed_rows(data, 0), monitors.fixed_rows(other, 0)
     assert len(one) == 10
-    assert set(data.row_id[one]) == set(other.row_id[two])
+    assert np.array_equal(data.row_id[one], other.row_id[two])
 
 
 def test_looking_changes_nothing(data):

@@ -76,6 +76,7 @@ def fit(
         match = backbones.load_weights(t.encoder, config.init.weights) if config.init.weights and not resume else None
         run_folder.make(run)
         with lock.held(run, force_unlock), signals.heard() as requests, _worded(run, config):
+            checkpoint.clean(run)
             found = None
             if resume:
                 found = _found(t, run)
@@ -250,7 +251,8 @@ def _go_on(t: Training, run: Path, found: checkpoint.Found, log: Log) -> None:
     if difference:
         log.say("notice", difference)
     training.restore(t, found.folder)
-    checkpoint.clean(run, found.folder)
+    checkpoint.clean(run, found.folder)  # broken ones after it, so that their names are free again
+    run_folder.write_config(run, t.config)
     log.say("resume", f"from step {t.step:,} of {t.steps:,}")
 
 

@@ -37,10 +37,11 @@ class Spread:
 
 
 def fixed_rows(dataset: Dataset, seed: int) -> Int[np.ndarray, " m"]:
-    """The training rows that every evaluation of a run looks at, at most 512: the same in any order of the data."""
+    """The training rows that every look of a run is at, at most 512; the same, in the same order, however the data are
+    ordered."""
     rows = np.flatnonzero(dataset.split == TRAIN)
     drawn = philox.uniform(seed, "monitor", dataset.row_id[rows], 0, 0, 0)
-    return np.sort(rows[np.argsort(drawn, kind="stable")[:ROWS]])
+    return rows[np.argsort(drawn, kind="stable")[:ROWS]]
 
 
 def spread(z: Float[Tensor, "n D"]) -> Spread:

@@ -34,6 +34,7 @@ from kladi import config as settings
 from kladi.data.dataset import HELD_OUT, TEST, TRAIN, VAL, Dataset
 from kladi.errors import RunStopped, UserError
 from kladi.models import weights
+from kladi.structure.labelset import LabelSets
 
 MAY_CHANGE = {
     "train.workers",
@@ -60,13 +61,11 @@ class Rows:
     @classmethod
     def of(cls, dataset: Dataset) -> Rows:
         order = np.argsort(dataset.row_id)
-        numbers = (dataset.store.pixel_digest, dataset.split, dataset.target)
-        facts = [np.ascontiguousarray(column[:, None]).view(np.uint8) for column in numbers]
+        facts = [dataset.store.pixel_digest, dataset.split.astype(np.uint64), dataset.target.astype(np.uint64)]
         if dataset.label_sets is not None:
-            facts += [dataset.label_sets.values.view(np.uint8), dataset.label_sets.known.view(np.uint8)]
-        table = np.ascontiguousarray(np.concatenate(facts, axis=1)[order])
-        digests = [int.from_bytes(hashlib.blake2b(row.tobytes(), digest_size=8).digest(), "little") for row in table]
-        return cls(dataset.row_id[order], np.array(digests, dtype=np.uint64))
+            facts.append(_class_digests(dataset.label_sets)[dataset.label_sets.class_id])
+        table = np.stack(facts, axis=1)[order].astype("<u8")
+        return cls(dataset.row_id[order], np.array([_short(row.tobytes()) for row in table], dtype=np.uint64))
 
     def digest(self) -> str:
         return hashlib.sha256(
@@ -127,6 +126,11 @@ def begin(run: Path, config: settings.Config, dataset: Dataset, notes: Mapping[s
     weights.write(run / "rows.safetensors", weights.to_bytes(tensors))
     weights.write(run / "environment.json", _json(environment(device)))
     weights.write(run / "data.json", _json({**describe(dataset), **notes}))
+    write_config(run, config)
+
+
+def write_config(run: Path, config: settings.Config) -> None:
+    """`config.toml`; written again at a resume, when those settings may differ that have no say in the numbers."""
     weights.write(run / "config.toml", settings.to_toml(portable(config)))
 
 
@@ -159,7 +163,7 @@ def require_same(run: Path, config: settings.Config, dataset: Dataset) -> None:
     if difference:
         raise UserError(f"--resume: the data have changed: {difference}; --out ANOTHER starts anew")
     if described.get("digest") != digest(dataset):
-        raise UserError("--resume: the metadata columns are others than this run began with; --out ANOTHER starts anew")
+        raise UserError("--resume: the metadata columns or their weights have changed; --out ANOTHER starts anew")
 
 
 def not_the_same_bits(run: Path, device: torch.device) -> str:
@@ -203,13 +207,18 @@ def portable(config: settings.Config) -> settings.Config:
     return dataclasses.replace(config, data=data, objective=objective, init=settings.Init())
 
 
+def config_digest(config: settings.Config) -> str:
+    """Over every setting that must stay the same for a run to go on."""
+    said = {key: value for key, value in _flat(portable(config)).items() if not _may_change(key, value, value)}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
 def digest(dataset: Dataset) -> str:
     """Over what decides the numbers of a run: pixels, splits, labels, tree and metadata; not the order of the rows."""
     tree = "" if dataset.taxonomy is None else dataset.taxonomy.digest
-    names = "" if dataset.label_sets is None else json.dumps([dataset.label_sets.attributes, dataset.label_sets.labels])
-    return hashlib.sha256(
-        "\n".join([Rows.of(dataset).digest(), dataset.store.digest, tree, names]).encode()
-    ).hexdigest()
+    sets = dataset.label_sets
+    metadata = "" if sets is None else json.dumps([sets.attributes, sets.weight.tolist()])
+    return hashlib.sha256("\n".join([Rows.of(dataset).digest(), tree, metadata]).encode()).hexdigest()
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:
@@ -243,7 +252,21 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def _class_digests(sets: LabelSets) -> UInt64[np.ndarray, " U"]:
+    """64 bits over the names in each class of label sets: what else is in the data has no say."""
+    said = [
+        [[sets.labels[label] for label in members], [bool(known) for known in sets.class_known[number]]]
+        for number, members in enumerate(sets.sets)
+    ]
+    return np.array([_short(json.dumps(one).encode()) for one in said], dtype=np.uint64)
+
+
+def _short(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
 def _may_change(key: str, before: Any, now: Any) -> bool:
+    """Whether a resumed run may have another value; of a device only the index."""
     if key == "train.device":
         return str(before).partition(":")[0] == str(now).partition(":")[0]
     return key in MAY_CHANGE or key.startswith("evaluate.")

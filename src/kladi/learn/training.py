@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +40,7 @@ class Training:
     objective: objectives.Supervised
     optimizer: Optimizer
     loader: Loader
+    data_digest: str
     step: int = 0
     low: int = 0
     spread: monitors.Spread | None = None
@@ -79,7 +78,8 @@ def assemble(dataset: Dataset, config: settings.Config, fabric: Fabric) -> Train
     objective = objectives.build(config.objective.name, config.objective.args, facts, encoder, projector)
     objective.to(fabric.device)
     loader = Loader(dataset, config, VIEWS, fabric.device)
-    return Training(config, dataset, fabric, encoder, objective, optimizer_of(objective, config.train), loader)
+    optimizer = optimizer_of(objective, config.train)
+    return Training(config, dataset, fabric, encoder, objective, optimizer, loader, run_folder.digest(dataset))
 
 
 def check(train: settings.Train) -> None:
@@ -166,8 +166,8 @@ def snapshot(t: Training) -> checkpoint.Snapshot:
         "seed": t.config.train.seed,
         "low": t.low,
         "spread": dataclasses.astuple(t.spread) if t.spread else None,
-        "config_digest": _digest(settings.to_dict(run_folder.portable(t.config))),
-        "data_digest": run_folder.digest(t.dataset),
+        "config_digest": run_folder.config_digest(t.config),
+        "data_digest": t.data_digest,
         "world_size": 1,
         "best": None,
     }
@@ -196,14 +196,10 @@ def export(t: Training, run: Path) -> None:
             "weights": t.objective.weights,
         },
         "taxonomy_digest": None if t.dataset.taxonomy is None else t.dataset.taxonomy.digest,
-        "data_digest": run_folder.digest(t.dataset),
+        "data_digest": t.data_digest,
         "seed": t.config.train.seed,
         "steps": t.step,
         "epochs": t.step / t.loader.steps,
         "environment": run_folder.environment(t.fabric.device),
     }
     backbones.export(t.encoder, run, facts)
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
