@@ -136,7 +136,7 @@ def average_precision(score: Scores, positive: Flags) -> float:
         return undefined("average precision without a positive row")
     order = np.argsort(-s, kind="stable")
     s, hits = s[order], np.cumsum(y[order])
-    last = np.append(np.flatnonzero(np.diff(s)), len(s) - 1)  # equal scores enter together
+    last = np.append(np.flatnonzero(s[1:] != s[:-1]), len(s) - 1)  # equal scores enter together
     precision, recall = hits[last] / (last + 1), hits[last] / hits[-1]
     return float(np.sum(np.diff(recall, prepend=0.0) * precision))
 

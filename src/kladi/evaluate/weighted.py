@@ -69,7 +69,8 @@ def hierarchical_f1(
 def auc(score: Float[np.ndarray, " n"], positive: Bool[np.ndarray, " n"]) -> Metric:
     """Share of (positive, negative) pairs in order, ties one half; nan without a positive or a negative."""
     order = np.argsort(score, kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(score[order]) > 0]) if len(score) else np.zeros(0, dtype=int)
+    ranked = score[order]  # compared, not subtracted: a log-probability may be -inf
+    starts = np.flatnonzero(np.r_[True, ranked[1:] > ranked[:-1]]) if len(score) else np.zeros(0, dtype=int)
 
     def metric(weights: np.ndarray) -> np.ndarray:
         if not len(score):
