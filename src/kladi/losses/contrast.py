@@ -7,14 +7,15 @@ temperature in it; B added), and what an anchor's sum is divided by. For unit ro
     L_i  = ( m_i logsumexp_{k != i} l_ik - sum_{j != i} W_ij l_ij ) / d_i,       m_i = sum_{j != i} W_ij
     loss = mean of L_i over anchors, the rows with d_i > 0
 
-Two facts make it cheap. The positive sum needs no pair, because sum_j W_ij A_ij s_ij = x_i . sum_u (W A)[y_i, u] Z_u
-with Z_u the sum of the rows of class u. And the log-sum-exp is symmetric in its pairs: one tile of similarities serves
-the rows of i and those of k. So all of it costs half a product forward and one and a half backward, against three for a
-dense matrix, in O(n D + tile^2) memory.
+Two facts make it cheap. The positives need no pair: with Z_u the sum of the rows of class u, the W A s of all pairs
+between u and v sum to (W A)_uv Z_u . Z_v, and m and d are the same for all rows of a class. And the log-sum-exp is
+symmetric in its pairs: one tile of similarities serves the rows of i and those of k. So all of it costs half a product
+forward and one and a half backward, against three for a dense matrix, in O(n D + tile^2) memory.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,9 +27,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
-TILE = 2048
-"""Rows of a tile, the fastest of 512, 1,024 and 2,048 on two cores; bench/kernel.py measures it (16 MB in float32)."""
-BOUND = 60.0
+TILE = 1024
+"""Rows of a tile, which has twice as many keys (8 MB in float32). Measured on two cores, CPU ms for a tree of
+30 classes with tiles of 512, 1,024, 2,048 rows: 105, 93, 82 at n = 2,048, where the last two are one kept tile, and
+280, 266, 335 at n = 4,096, where the last is. So all pairs are one tile up to twice this, and streamed beyond."""
+BOUND = 50.0
 """exp of logits within this bound cannot overflow in float32, nor can a sum of 2^32 of them: no shift is needed."""
 SEGMENTS = 48
 """Classes in a tile up to which multiplying class by class is cheaper than gathering a table the size of the tile."""
@@ -77,7 +80,7 @@ def contrast(
 
     Args:
         points: unit rows, view-major: row = view * (n / views) + sample. A zero row is a point without direction.
-        classes: the row of the tables that each point belongs to.
+        classes: the row of the tables that each point belongs to; views of one sample belong to one.
         tables: W, A, B and what counts as positive.
         views: views of each sample; only `own` asks.
         own: overrides the tables for two views of one sample.
@@ -91,31 +94,40 @@ def contrast(
     """
     if own is not None and keys is not None:
         raise ValueError("own views are pairs of rows; they have no meaning where keys stand apart from rows")
+    if keys is not None and key_classes is None:
+        raise ValueError("keys need key_classes")
     with torch.autocast(points.device.type, enabled=False):
         x = points if points.dtype == torch.float64 else points.float()
         y = None if keys is None else keys.to(x.dtype)
         tables = _cast(tables, x)
-        apart = views if own is not None else 1
-        mass, divisor, attraction = _positives(x, classes, tables, 0 if y is not None else apart, y, key_classes)
-        masked_views, own_logits = 1, None
-        if own is not None and views > 1:
-            own_logits = _own_logits(x, classes, tables, own, views)
+        excluded = 0 if y is not None else views if own is not None else 1
+        count = torch.bincount(classes, minlength=len(tables.weight)).to(x.dtype)
+        met = count if key_classes is None else torch.bincount(key_classes, minlength=len(count)).to(x.dtype)
+        mass = _counted(tables.weight, met, excluded)
+        divisor = mass if tables.positive is None else _counted(tables.positive, met, excluded)
+        own_views_apart = False
+        if own is not None:
             mass = mass + own.weight * (views - 1)
             divisor = divisor + (own.weight if tables.positive is None else 1) * (views - 1)
-            attraction = attraction + own.weight * own_logits.sum(1)
-            masked_views = 1 if own.scale is None and tables.bias is None else views
+            own_views_apart = views > 1 and not (own.scale is None and tables.bias is None)
+
+        anchor = divisor[classes] > 0
+        idle = 1 - anchor.to(x.dtype).mean() if len(x) else x.new_ones(())
+        if not bool(anchor.any()):
+            return x.sum() * 0, idle
+        masked_views = views if own_views_apart else 1
         logsumexp = pair_logsumexp(
             x, classes, tables.scale, tables.bias, views=masked_views, keys=y, key_classes=key_classes, tile=tile
         )
-        if own_logits is not None and masked_views > 1:
-            logsumexp = torch.logaddexp(logsumexp, torch.logsumexp(own_logits, dim=1))
-        anchor = divisor > 0
-        idle = 1 - anchor.to(x.dtype).mean() if len(x) else x.new_ones(())
-        zero = x.sum() * 0
-        if not bool(anchor.any()):
-            return zero, idle
-        rows = (mass * torch.where(anchor, logsumexp, 0) - attraction) / torch.where(anchor, divisor, 1)
-        return torch.where(anchor, rows, 0).sum() / anchor.sum(), idle
+        # After the tiles, so that backward is through with all this before it needs room for tiles.
+        share = torch.where(divisor > 0, 1 / divisor, 0) / anchor.sum()  # of a row of each class in the mean
+        attraction = _attraction(x, classes, tables, share, count, met, excluded, y, key_classes)
+        if own is not None and views > 1:
+            own_logits = _own_logits(x, classes, tables, own, views)
+            attraction = attraction + own.weight * (share[classes] * own_logits.sum(1)).sum()
+            if own_views_apart:
+                logsumexp = torch.logaddexp(logsumexp, torch.logsumexp(own_logits, dim=1))
+        return ((share * mass)[classes] * torch.where(anchor, logsumexp, 0)).sum() - attraction, idle
 
 
 def pair_logsumexp(
@@ -137,68 +149,76 @@ def pair_logsumexp(
     if keys is not None:
         if key_classes is None:
             raise ValueError("keys need key_classes")
-        pairs = _Pairs(classes, key_classes, scale, bias, views=0, tile=tile)
-        return _LogSumExp.apply(rows, keys, pairs)
-    if views == 1 and (scale.ndim == 2 or bias is not None):
-        # Rows of one class side by side: a table then acts on whole stripes of a tile.
-        order = torch.argsort(classes)
-        pairs = _Pairs(classes[order], classes[order], scale, bias, views=1, tile=tile)
-        return _LogSumExp.apply(rows[order], None, pairs)[torch.argsort(order)]
+        return _LogSumExp.apply(rows, keys, _Pairs(classes, key_classes, scale, bias, views=0, tile=tile))
+    if scale.ndim == 2 or bias is not None:
+        # Samples of one class side by side, in all views alike: a row of a table then serves a whole stripe of a tile.
+        samples = len(rows) // views
+        order = torch.argsort(classes[:samples])
+        order = torch.cat([order + view * samples for view in range(views)])
+        pairs = _Pairs(classes[order], classes[order], scale, bias, views=views, tile=tile)
+        return _LogSumExp.apply(rows.index_select(0, order), None, pairs)[torch.argsort(order)]
     return _LogSumExp.apply(rows, None, _Pairs(classes, classes, scale, bias, views=views, tile=tile))
 
 
 # --- positives: sums over classes, in plain autograd ---------------------------------------------------------------
 
 
-def _positives(
+def _counted(table: Tensor, met: Tensor, excluded: int) -> Float[Tensor, " U"]:
+    """Sum of a table over the pairs of a row of each class, of which `met` rows are there.
+
+    excluded: how many rows of its own class a row does not meet: 0 of keys that stand apart, 1 (itself), or its views.
+
+    Nothing is subtracted that is not a whole number, so that no weight is lost beside a greater one, and a row without
+    a positive has exactly none of it.
+    """
+    among = _diagonal(table) * (met - excluded).clamp_min(0)
+    return among if table.ndim == 1 else among + _off_diagonal(table) @ met
+
+
+def _attraction(
     x: Tensor,
     classes: Tensor,
     tables: PairTables,
-    views: int,
+    share: Tensor,
+    count: Tensor,
+    met: Tensor,
+    excluded: int,
     keys: Tensor | None,
     key_classes: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """m_i, d_i and sum_j W_ij l_ij of each row over the pairs that the tables speak of, from sums over classes.
+) -> Float[Tensor, ""]:
+    """sum_i share_i sum_j W_ij l_ij over the pairs that the tables speak of, from sums over classes.
 
-    views: how many rows of its own a row does not meet: 0 of keys that stand apart, 1 (itself), or all its views.
-
-    Nothing is subtracted that is not a whole number: a row's own class is counted apart from all others, without the
-    row. So a weight of 1e-9 counts beside one of 1, and a row without a positive has exactly zero of them.
+    count, met: rows of each class among the anchors, and among those they meet.
     """
-    others, of = (x, classes) if keys is None or key_classes is None else (keys, key_classes)
-    count = torch.bincount(of, minlength=len(tables.weight)).to(x.dtype)
-    sums = x.new_zeros(len(count), x.shape[1]).index_add(0, of, others)
-    fellows = count[classes] - views
-    beside = sums[classes]
-    if views:
-        beside = beside - x.unflatten(0, (views, -1)).sum(0).repeat(views, 1)
-        beside = torch.where(fellows[:, None] > 0, beside, 0)
-
-    def counted(table: Tensor) -> Tensor:
-        among = _diagonal(table)[classes] * fellows
-        return among if table.ndim == 1 else among + (_off_diagonal(table) @ count)[classes]
-
-    mass = counted(tables.weight)
-    divisor = mass if tables.positive is None else counted(tables.positive)
+    sums = x.new_zeros(len(share), x.shape[1]).index_add(0, classes, x)
     pull = _scaled(tables.weight, tables.scale)
-    towards = _diagonal(pull)[classes, None] * beside
-    if pull.ndim == 2:
-        towards = towards + (_off_diagonal(pull) @ sums)[classes]
-    attraction = (x * towards).sum(1)
+    if keys is not None and key_classes is not None:
+        others = torch.zeros_like(sums).index_add(0, key_classes, keys)
+        pulled = pull @ others if pull.ndim == 2 else pull[:, None] * others
+        total = (share[:, None] * sums * pulled).sum()
+    else:
+        samples = x if excluded == 1 else x.unflatten(0, (excluded, -1)).sum(0)
+        alone = x.new_zeros(len(share)).index_add(0, classes[: len(samples)], samples.square().sum(1))
+        among = torch.where(met > excluded, sums.square().sum(1) - alone, 0)
+        total = (share * _diagonal(pull) * among).sum()
+        if pull.ndim == 2:
+            total = total + (share[:, None] * sums * (_off_diagonal(pull) @ sums)).sum()
     if tables.bias is not None:
         finite = tables.bias.masked_fill(tables.bias == -math.inf, 0)
-        attraction = attraction + counted(_scaled(tables.weight, finite))
-    return mass, divisor, attraction
+        total = total + (share * count * _counted(_scaled(tables.weight, finite), met, excluded)).sum()
+    return total
 
 
 def _own_logits(x: Tensor, classes: Tensor, tables: PairTables, own: OwnView, views: int) -> Float[Tensor, "n others"]:
     """Logits of each row with the other views of its sample."""
-    stacked = x.unflatten(0, (views, -1))
-    cosine = torch.stack([(stacked * stacked.roll(shift, 0)).sum(-1).flatten() for shift in range(1, views)], dim=1)
+    view = x.unflatten(0, (views, -1)).unbind()
+    cosine = {(a, b): (view[a] * view[b]).sum(-1) for a, b in itertools.combinations(range(views), 2)}
+    others = [[cosine[min(a, b), max(a, b)] for b in range(views) if a != b] for a in range(views)]
+    logits = torch.cat([torch.stack(of_view, dim=1) for of_view in others])
     if own.scale is not None:
-        return own.scale * cosine + own.bias
+        return own.scale * logits + own.bias
     scale = tables.scale if tables.scale.ndim == 0 else _diagonal(tables.scale)[classes][:, None]
-    return scale * cosine  # a bias of the tables does not reach own views: they are always compared
+    return scale * logits  # a bias of the tables does not reach own views: they are always compared
 
 
 def _cast(tables: PairTables, like: Tensor) -> PairTables:
@@ -229,82 +249,105 @@ def _off_diagonal(table: Tensor) -> Tensor:
 # --- denominators: symmetric tiles -----------------------------------------------------------------------------------
 
 
+Stripe = tuple[slice, Any, Any]
+"""Rows of a tile; the scales and the biases of their pairs with its keys, or None where there is no such table."""
+
+
 class _Pairs:
     """The pairs of rows and keys, tile by tile: which there are, and what their logits are.
 
     views: 0 where keys stand apart; 1: a row is no pair with itself; more: nor with other views of its sample.
+
+    Tiles are written into room that the caller brings: fresh memory costs more than a pass of arithmetic over it.
     """
 
     def __init__(
         self, classes: Tensor, key_classes: Tensor, scale: Tensor, bias: Tensor | None, *, views: int, tile: int
     ) -> None:
-        self.classes, self.key_classes, self.scale, self.bias = classes, key_classes, scale, bias
-        self.views, self.tile = views, tile
-        self.symmetric = views > 0
+        self.classes, self.key_classes, self.bias = classes, key_classes, bias
+        self.views, self.symmetric = views, views > 0
+        # Twice as wide as high: few calls, and the squares on the diagonal, computed in full though half would do,
+        # stay small. Up to 2 x TILE rows, all pairs are one tile, kept for backward: no more room than tiles need.
+        self.single = max(len(classes), len(key_classes)) <= 2 * tile
+        self.height, self.width = (2 * tile, 2 * tile) if self.single else (tile, 2 * tile)
+        # One scale for all pairs rides along with the products; a table of them takes a pass over each tile.
+        self.number = 1.0 if scale.ndim else float(scale)
+        self.scale = scale if scale.ndim else None
         greatest = float(scale.abs().max()) if scale.numel() else 0.0
-        # A finite bias multiplies after the exponential; -inf becomes an exact zero there.
-        self.factor = None if bias is None else bias.exp()
         self.bounded = greatest + _greatest(bias) <= BOUND
 
-    def tiles(self) -> Iterator[tuple[slice, slice]]:
-        """Row and key ranges; only those on and above the diagonal where a tile serves both."""
-        for i in range(0, len(self.classes), self.tile):
-            for j in range(i if self.symmetric else 0, len(self.key_classes), self.tile):
-                yield (
-                    slice(i, min(i + self.tile, len(self.classes))),
-                    slice(j, min(j + self.tile, len(self.key_classes))),
-                )
+    def tiles(self) -> Iterator[tuple[slice, slice, slice]]:
+        """Ranges of rows, of keys, and of those keys that the tile serves as rows too.
 
-    @property
-    def single(self) -> bool:
-        return max(len(self.classes), len(self.key_classes)) <= self.tile
+        Where keys are the rows, a strip of tiles begins at the diagonal: what is left of it was served by the strips
+        above, and its first square serves its rows from both sides already.
+        """
+        n, m = len(self.classes), len(self.key_classes)
+        for i in range(0, n, self.height):
+            for j in range(i if self.symmetric else 0, m, self.width):
+                rows, keys = slice(i, min(i + self.height, n)), slice(j, min(j + self.width, m))
+                yield rows, keys, slice(rows.stop if self.symmetric and i == j else j, keys.stop)
 
-    def multiply(self, tile: Tensor, table: Tensor, i: slice, j: slice) -> None:
-        """tile *= table[classes of rows, classes of keys], in place."""
-        if table.ndim == 0:
-            tile.mul_(table)
-            return
+    def room(self, like: Tensor) -> Tensor:
+        """Memory for one tile."""
+        return like.new_empty(min(self.height, len(self.classes)) * min(self.width, len(self.key_classes)))
+
+    def stripes(self, i: slice, j: slice) -> list[Stripe]:
+        """What the tables say of a tile: for each run of rows of one class, one row of scales and one of biases.
+
+        Where runs are short, one stripe holds all rows, and tables gathered to the size of the tile. No tables: none.
+        """
+        if self.scale is None and self.bias is None:
+            return []
         found, place = torch.unique(self.classes[i], return_inverse=True)
-        columns = table[found[:, None], self.key_classes[j]]
-        segments, counts = torch.unique_consecutive(place, return_counts=True)
-        if len(segments) > SEGMENTS:
-            tile.mul_(columns[place])
-            return
-        start = 0
-        for row, count in zip(segments.tolist(), counts.tolist(), strict=True):
-            tile[start : start + count].mul_(columns[row])
-            start += count
+        scale = None if self.scale is None else self.scale[found[:, None], self.key_classes[j]]
+        bias = None if self.bias is None else self.bias[found[:, None], self.key_classes[j]]
+        run, counts = torch.unique_consecutive(place, return_counts=True)
+        parts: list[tuple[slice, Any]]
+        if len(run) > SEGMENTS:
+            parts = [(slice(0, len(place)), place)]
+        else:
+            ends = counts.cumsum(0).tolist()
+            parts = [(slice(end - n, end), r) for r, n, end in zip(run.tolist(), counts.tolist(), ends, strict=True)]
+        return [(part, None if scale is None else scale[r], None if bias is None else bias[r]) for part, r in parts]
 
-    def erase(self, tile: Tensor, i: slice, j: slice, value: float) -> None:
-        """Write `value` where a row meets itself, or another view of its sample: on a few diagonals of the tile."""
+    def logits(self, rows: Tensor, keys: Tensor, i: slice, j: slice, stripes: list[Stripe], room: Tensor) -> Tensor:
+        """A s + B of a tile, -inf where there is no pair."""
+        tile = _tile(room, i, j)
+        torch.addmm(tile, rows[i], keys[j].T, beta=0, alpha=self.number, out=tile)
+        for part, scale, bias in stripes:
+            if scale is not None:
+                tile[part].mul_(scale)
+            if bias is not None:
+                tile[part].add_(bias)
+        self.erase(tile, i, j)
+        return tile
+
+    def erase(self, tile: Tensor, i: slice, j: slice) -> None:
+        """-inf where a row meets itself, or another view of its sample: on a few diagonals of the tile."""
         samples = len(self.classes) // max(self.views, 1)
         for shift in range(-(self.views - 1), self.views):
             offset = i.start + shift * samples - j.start
             if -tile.shape[0] < offset < tile.shape[1]:
-                tile.diagonal(offset).fill_(value)
+                tile.diagonal(offset).fill_(-math.inf)
 
-    def exponentials(self, rows: Tensor, keys: Tensor, i: slice, j: slice) -> Tensor:
-        """exp(A s + B) of a tile, zero where there is no pair. Only for bounded logits."""
-        tile = rows[i] @ keys[j].T
-        self.multiply(tile, self.scale, i, j)
-        tile.exp_()
-        if self.factor is not None:
-            self.multiply(tile, self.factor, i, j)
-        self.erase(tile, i, j, 0.0)
-        return tile
-
-    def logits(self, rows: Tensor, keys: Tensor, i: slice, j: slice) -> Tensor:
-        """A s + B of a tile, -inf where there is no pair."""
-        tile = rows[i] @ keys[j].T
-        self.multiply(tile, self.scale, i, j)
-        if self.bias is not None:
-            tile.add_(self.bias[self.classes[i][:, None], self.key_classes[j]])
-        self.erase(tile, i, j, -math.inf)
+    def weights(self, each: Tensor, i: slice, j: slice, stripes: list[Stripe], room: Tensor) -> Tensor:
+        """A_ik (e_i + e_k) of a tile, or A_ik e_i where keys stand apart; a lone number A is left to the products."""
+        tile = _tile(room, i, j)
+        mine, theirs = each[i, None], each[j] if self.symmetric else each.new_zeros(tile.shape[1])
+        if self.scale is None:
+            return torch.add(mine, theirs, out=tile)
+        for part, scale, _ in stripes:
+            torch.addcmul(scale * theirs, mine[part], scale, out=tile[part])
         return tile
 
 
 class _LogSumExp(torch.autograd.Function):
-    """Forward sums tiles; backward makes them anew: dL/dx_i = sum_k A_ik (g_i p_ik + g_k p_ki) x_k."""
+    """Forward sums tiles; backward makes them anew: dL/dx_i = sum_k A_ik (g_i p_ik + g_k p_ki) x_k.
+
+    With t the log-sum-exps and p_ik = exp(l_ik - t_i), bounded logits need one exponential a pair:
+    exp(l_ik) (g_i exp(-t_i) + g_k exp(-t_k)).
+    """
 
     @staticmethod
     @override
@@ -328,54 +371,59 @@ class _LogSumExp(torch.autograd.Function):
         to_rows = torch.zeros_like(rows)
         to_keys = to_rows if pairs.symmetric else torch.zeros_like(keys)
         alone = total == -math.inf  # a row without a pair: nothing to push, and exp(inf) must not be met
-        for i, j in pairs.tiles():
-            if pairs.bounded:
-                tile = kept[0].clone() if kept else pairs.exponentials(rows, keys, i, j)
-                each = torch.where(alone, 0, gradient * torch.exp(-total))
-                tile.mul_(each[i, None] + each[j] if pairs.symmetric else each[i, None])
-            else:
-                tile = _shares(
-                    pairs.logits(rows, keys, i, j), gradient, torch.where(alone, 0, total), i, j, pairs.symmetric
-                )
-            if pairs.scale.ndim:
-                pairs.multiply(tile, pairs.scale, i, j)
-            to_rows[i].addmm_(tile, keys[j])
-            if i != j or not pairs.symmetric:
-                to_keys[j].addmm_(tile.T, rows[i])
-        if not pairs.scale.ndim:
-            to_rows.mul_(pairs.scale)
-            if not pairs.symmetric:
-                to_keys.mul_(pairs.scale)
+        each = torch.where(alone, 0, gradient * torch.exp(-total))
+        total = torch.where(alone, 0, total)
+        one, two = rows.new_empty(0) if kept else pairs.room(rows), pairs.room(rows)
+        with torch.autocast(rows.device.type, enabled=False):  # backward may be called where autocast is on
+            for i, j, beyond in pairs.tiles():
+                stripes = pairs.stripes(i, j)
+                if not pairs.bounded:
+                    push = _shares(pairs.logits(rows, keys, i, j, stripes, one), gradient, total, i, j, pairs, two)
+                    for part, scale, _ in stripes:
+                        if scale is not None:
+                            push[part].mul_(scale)
+                else:
+                    push = pairs.weights(each, i, j, stripes, two)
+                    push.mul_(kept[0] if kept else pairs.logits(rows, keys, i, j, stripes, one).exp_())
+                to_rows[i].addmm_(push, keys[j], alpha=pairs.number)
+                to_keys[beyond].addmm_(push[:, beyond.start - j.start :].T, rows[i], alpha=pairs.number)
         return to_rows, (to_keys if ctx.apart else None), None
 
 
 def _bounded(rows: Tensor, keys: Tensor, pairs: _Pairs) -> tuple[Tensor, Tensor | None]:
     """log of the sums of exponentials that cannot overflow; the tile itself where there is but one."""
-    sums = rows.new_zeros(len(rows))
-    tile = None
-    for i, j in pairs.tiles():
-        tile = pairs.exponentials(rows, keys, i, j)
-        sums[i] += tile.sum(1)
-        if pairs.symmetric and i != j:
-            sums[j] += tile.sum(0)
+    sums, room, tile = rows.new_zeros(len(rows)), pairs.room(rows), None
+    ones = rows.new_ones(pairs.width)  # a product with ones is the fastest sum
+    for i, j, beyond in pairs.tiles():
+        tile = pairs.logits(rows, keys, i, j, pairs.stripes(i, j), room).exp_()
+        sums[i].addmv_(tile, ones[: tile.shape[1]])
+        if pairs.symmetric:
+            sums[beyond].addmv_(tile[:, beyond.start - j.start :].T, ones[: len(tile)])
     return sums.log(), tile if pairs.single else None
 
 
 def _online(rows: Tensor, keys: Tensor, pairs: _Pairs) -> tuple[Tensor, None]:
     """The same for logits of any size: log-sum-exps of tiles, joined."""
-    total = torch.full((len(rows),), -math.inf, dtype=rows.dtype, device=rows.device)
-    for i, j in pairs.tiles():
-        tile = pairs.logits(rows, keys, i, j)
+    total, room = torch.full_like(rows[:, 0], -math.inf), pairs.room(rows)
+    for i, j, beyond in pairs.tiles():
+        tile = pairs.logits(rows, keys, i, j, pairs.stripes(i, j), room)
         total[i] = torch.logaddexp(total[i], torch.logsumexp(tile, dim=1))
-        if pairs.symmetric and i != j:
-            total[j] = torch.logaddexp(total[j], torch.logsumexp(tile, dim=0))
+        if pairs.symmetric:
+            below = tile[:, beyond.start - j.start :]
+            total[beyond] = torch.logaddexp(total[beyond], torch.logsumexp(below, dim=0))
     return total, None
 
 
-def _shares(logits: Tensor, gradient: Tensor, total: Tensor, i: slice, j: slice, symmetric: bool) -> Tensor:
-    """g_i p_ik + g_k p_ki of a tile of logits."""
-    shares = gradient[i, None] * torch.exp(logits - total[i, None])
-    return shares.add_(gradient[j] * torch.exp(logits - total[j])) if symmetric else shares
+def _shares(logits: Tensor, gradient: Tensor, total: Tensor, i: slice, j: slice, pairs: _Pairs, room: Tensor) -> Tensor:
+    """g_i p_ik + g_k p_ki of a tile of logits, which it overwrites; g_i p_ik where keys stand apart."""
+    shares = torch.sub(logits, total[i, None], out=_tile(room, i, j)).exp_().mul_(gradient[i, None])
+    return shares.add_(logits.sub_(total[j]).exp_().mul_(gradient[j])) if pairs.symmetric else shares
+
+
+def _tile(room: Tensor, i: slice, j: slice) -> Tensor:
+    """The room for a tile, in the shape of this one."""
+    height, width = i.stop - i.start, j.stop - j.start
+    return room[: height * width].view(height, width)
 
 
 def _greatest(bias: Tensor | None) -> float:
