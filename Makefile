@@ -1,6 +1,7 @@
 # Two commands for a newcomer: `make demo` and `make test`. The rest is for those who change the code.
 PYTHON ?= python3.11
 VENV   ?= .venv
+PYTEST ?=
 BIN    := $(VENV)/bin
 .DELETE_ON_ERROR:
 .PHONY: demo test check format bench docs clean
@@ -28,8 +29,8 @@ $(VENV)/.docs: pyproject.toml
 demo: $(VENV)/.demo        ## pretrain and evaluate on the embedded DICOM example
 	$(BIN)/python -m kladi.demo
 
-test: $(VENV)/.test        ## every test
-	$(BIN)/python -m pytest -n 2 tests
+test: $(VENV)/.test        ## every test; `make test PYTEST='-m "not slow"'` leaves the slow ones out
+	$(BIN)/python -m pytest -n 2 $(PYTEST) tests
 
 check: $(VENV)/.test       ## format, lint, types, fast tests
 	$(BIN)/ruff format --check src tests bench
