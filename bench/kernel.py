@@ -6,7 +6,7 @@ The floor is what any dense loss must multiply, and nothing else: Z Z^T forward,
 that is there already. A ratio below 1 says that the whole loss, forward and backward, is cheaper than those products;
 ours can be, because a tile serves its rows and its columns. Float32, D = 128, two threads; the rows are synthetic, for
 the work does not depend on them. In each round floor and losses take turns in one process; a ratio is the median over
-rounds of CPU seconds. Memory is the peak above the inputs, in a process for each loss, and for ours also at 32,768 rows.
+rounds of CPU seconds. Memory is the peak above the inputs, in a process for each loss, also at 32,768 rows for ours.
 Peers run where they need less than 10 GB. Linux only: the peak is read from /proc.
 """
 
