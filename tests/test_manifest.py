@@ -460,8 +460,8 @@ def test_any_bytes_are_rows_or_one_clear_refusal(folder, data):
     assert all((folder / p).is_file() for p in column(found, "path"))
 
 
-# Known fault, found by this test: on some damaged bytes the parquet reader of polars aborts the whole process, so such a
-# manifest must be read in a child process. Until then this stands with the slow tests, where it can take its worker down.
+# Known fault, found by this test: on some damaged bytes the parquet reader of polars aborts the whole process, so such
+# a manifest must be read in a child process. Until then this is a slow test, and can take its worker down.
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(position=st.floats(0, 0.999), byte=st.integers(0, 255))
