@@ -17,7 +17,7 @@ from kladi import __version__
 from kladi import config as settings
 from kladi.data.dataset import Dataset
 from kladi.data.findings import Finding, line
-from kladi.evaluate import baselines, comparisons
+from kladi.evaluate import comparisons
 from kladi.evaluate.answers import PRIMARY
 from kladi.evaluate.embed import Embeddings
 from kladi.evaluate.measure import Measured, Method
@@ -79,7 +79,7 @@ def method(of: Method, encoder: Subject, dataset: Dataset, digest: str) -> dict[
         "objective": about.objective or None if own else None,
         "init": encoder.init if own else "random" if network else "none",
         "encoder": architecture if network else "64-bin grey histogram and 64 principal components of 32 x 32 pixels",
-        "width": of.features.shape[1] if network else baselines.BINS + baselines.COMPONENTS,
+        "width": of.width,
         "parameters": sum(p.numel() for p in encoder.module.parameters()) if network else 0,
         "images_seen": about.images_seen if trained else None if own else 0,
         "epochs": about.epochs if trained else None if own else 0,

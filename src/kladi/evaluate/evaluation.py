@@ -105,7 +105,7 @@ def evaluate(
         parts = parts_of(plan.splits, own.row_id)
     measured = []
     for method in methods:
-        say(f"measure    {method.name}, {method.features.shape[1]} dimensions, {len(parts)} folds")
+        say(f"measure    {method.name}, {method.width} dimensions, {len(parts)} folds")
         measured.append(cost.stage("measure", lambda m=method: _measure(m, plan, parts, config, digest)))
     drawn: dict[comparisons.Key, comparisons.Drawn] = {}
     if plan.task is not None and parts:

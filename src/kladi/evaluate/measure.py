@@ -41,6 +41,11 @@ class Method:
     grey: bool = False
     control_of: str = ""
 
+    @property
+    def width(self) -> int:
+        """Dimensions that a probe sees."""
+        return baselines.BINS + baselines.COMPONENTS if self.grey else self.features.shape[1]
+
 
 @dataclass(frozen=True)
 class Resample:
