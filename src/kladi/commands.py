@@ -103,6 +103,7 @@ def embed(run: Path, data: Path, out: Path, overrides: Mapping[str, str]) -> int
     """Write embeddings.npz."""
     from kladi.data import load
     from kladi.evaluate.embed import embed as embedded
+    from kladi.models import heads
     from kladi.models.backbones import load as load_encoder
 
     encoder = load_encoder(run)
@@ -110,7 +111,7 @@ def embed(run: Path, data: Path, out: Path, overrides: Mapping[str, str]) -> int
     _head("embed", str(run), _count(len(dataset), "image"))
     _warnings(inspection.findings)
     out.mkdir(parents=True, exist_ok=True)
-    embedded(encoder, dataset).write(out / "embeddings.npz")
+    embedded(encoder, dataset, head=heads.load(run)).write(out / "embeddings.npz")
     _line("wrote", f"{out}/embeddings.npz")
     return 0
 
@@ -178,7 +179,9 @@ def _run_config(run: Path, overrides: Mapping[str, str]) -> settings.Config:
     frozen = [key for key in overrides if key.startswith("intensity.")]
     if frozen:
         raise UserError(f"--{frozen[0]} cannot change after training: the encoder carries its intensity pipeline")
-    return settings.override(settings.read(file), overrides)
+    from kladi.learn import run_folder
+
+    return settings.override(run_folder.read_config(run), overrides)  # with the run's own copy of its taxonomy
 
 
 def _console() -> Console:
