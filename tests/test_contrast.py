@@ -156,8 +156,9 @@ def test_logsumexp_alone():
     assert torch.allclose(got, want, rtol=0, atol=1e-12)
 
 
-def test_more_classes_in_a_tile_than_segments():
+def test_more_classes_in_a_tile_than_segments(monkeypatch):
     """Above that number a tile is multiplied by a gathered table instead of stripe by stripe."""
+    monkeypatch.setattr("kladi.losses.contrast.SEGMENTS", 20)
     x, classes = rows(2, 130, classes=90)
     x.requires_grad_()
     tables = made("everything", classes=90)
@@ -165,6 +166,21 @@ def test_more_classes_in_a_tile_than_segments():
         want = with_gradient(dense(x, classes, tables, views=2, own=OWN[own]), x)
         got = with_gradient(contrast(x, classes, tables, views=2, own=OWN[own], tile=128)[0], x)
         close(got, want)
+
+
+@pytest.mark.parametrize("tile", [8, 2048])
+@pytest.mark.parametrize("kind", ["one scale", "everything"])
+def test_tiles_keep_their_precision_where_backward_is_called_under_autocast(kind, tile):
+    """Torch asks for backward outside of it; who does not listen still gets the softmax in float32."""
+    x, classes = rows(2, 20)
+    x = x.float().requires_grad_()
+    tables = made(kind, dtype=torch.float32)
+    total = pair_logsumexp(x, classes, tables.scale, tables.bias, tile=tile)
+    outward = torch.linspace(0, 1, len(x))
+    (want,) = torch.autograd.grad(total, x, outward, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (gradient,) = torch.autograd.grad(total, x, outward)
+    assert torch.equal(gradient, want)
 
 
 # --- orders and names -------------------------------------------------------------------------------------------------
