@@ -94,6 +94,17 @@ def test_a_checkpoint_is_never_written_over(tmp_path):
     assert equal(checkpoint.read(checkpoint.newest(tmp_path).folder, *promises()).model, snapshot(3).model)
 
 
+def test_a_save_that_was_cut_off_after_the_rename_is_settled(tmp_path):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, snapshot(step))
+    before = (tmp_path / "checkpoints" / "latest.json").read_bytes()
+    checkpoint.save(tmp_path, snapshot(3), keep=3)
+    (tmp_path / "checkpoints" / "latest.json").write_bytes(before)
+    checkpoint.settle(tmp_path, checkpoint.newest(tmp_path).folder)
+    assert listing(tmp_path) == ["latest.json", "step-00000002", "step-00000003"]
+    assert json.loads((tmp_path / "checkpoints" / "latest.json").read_text())["step"] == 3
+
+
 # --- R6 ----------------------------------------------------------------------------------------------------------
 
 
@@ -116,7 +127,8 @@ def test_a_damaged_newest_gives_way_to_the_one_before(tmp_path, file, damage):
     assert found.state["step"] == 1
     assert len(found.notices) == 1
     assert found.notices[0].startswith("step-00000002 is not intact (")
-    assert checkpoint.clean(tmp_path, found.folder) == ["step-00000002"]
+    checkpoint.settle(tmp_path, found.folder)
+    assert listing(tmp_path) == ["latest.json", "step-00000001"]
     checkpoint.save(tmp_path, snapshot(2))  # and its place is free again
     assert checkpoint.newest(tmp_path).state["step"] == 2
 

@@ -183,8 +183,8 @@ def test_killed_at_a_hundred_random_times(tmp_path):
 @pytest.mark.timeout(900)
 def test_killed_at_every_touch_of_the_disk(tmp_path):
     found = killed(tmp_path, "every")
-    assert found["kills"] > 60
-    assert found["steps"] == [0, 1, 2, 3, 4, 5, 6]
+    assert found["kills"] > 40
+    assert found["steps"] == [0, 1, 2, 3]
 
 
 # --- R4 ------------------------------------------------------------------------------------------------------------

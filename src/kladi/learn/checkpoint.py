@@ -86,16 +86,14 @@ def save(run: Path, snapshot: Snapshot, keep: int = KEEP) -> Path:
         temporary.rename(final)
         weights.sync_folder(folder)
         verify(final)
-        latest = json.dumps({"checkpoint": final.name, "step": snapshot.step})
-        weights.write(folder / "latest.json", latest + "\n")
+        _name_latest(final)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunStopped(_no_space(run, snapshot, error)) from error
     except Broken as error:
         _remove(final)
         raise RunStopped(f"the disk did not keep the checkpoint of step {snapshot.step:,} ({error})") from error
-    for old in _folders(run)[:-keep]:
-        _remove(old)
+    _forget_old(run, keep)
     return final
 
 
@@ -197,11 +195,20 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def clean(run: Path, keep: Path | None = None) -> list[str]:
-    """Remove what dead processes left and, given the checkpoint to go on from, the broken ones after it.
+def settle(run: Path, chosen: Path, keep: int = KEEP) -> None:
+    """Bring the folder to the state that an undisturbed save of `chosen` leaves: a process may have died just before.
 
-    Only the holder of the run's lock may call this. Returns what was removed.
+    Broken checkpoints after it are removed, so that their names are free again. Only for the holder of the run's lock.
     """
+    for later in _folders(run):
+        if _step(later) > _step(chosen):
+            _remove(later)
+    _name_latest(chosen)
+    _forget_old(run, keep)
+
+
+def clean(run: Path) -> list[str]:
+    """Remove what dead processes left half done; returns its names. Only the holder of the run's lock may call this."""
     folder = run / "checkpoints"
     removed = []
     for left in sorted([*folder.glob(".tmp-*"), *run.glob(".tmp-*")]):
@@ -209,11 +216,6 @@ def clean(run: Path, keep: Path | None = None) -> list[str]:
         if not pid.isdigit() or int(pid) == os.getpid() or not lock.alive(int(pid)):
             _remove(left)
             removed.append(left.name)
-    if keep is not None:
-        for later in _folders(run):
-            if _step(later) > _step(keep):
-                _remove(later)
-                removed.append(later.name)
     return removed
 
 
@@ -249,6 +251,16 @@ def _write_folder(folder: Path, snapshot: Snapshot) -> None:
     listed = json.dumps({"format": FORMAT, "version": VERSION, "files": files}, indent=1, sort_keys=True)
     weights.write_new(folder / "manifest.json", listed.encode())
     weights.sync_folder(folder)
+
+
+def _name_latest(folder: Path) -> None:
+    latest = json.dumps({"checkpoint": folder.name, "step": _step(folder)})
+    weights.write(folder.parent / "latest.json", latest + "\n")
+
+
+def _forget_old(run: Path, keep: int) -> None:
+    for old in _folders(run)[:-keep]:
+        _remove(old)
 
 
 def _folders(run: Path) -> list[Path]:

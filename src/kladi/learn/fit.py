@@ -251,7 +251,7 @@ def _go_on(t: Training, run: Path, found: checkpoint.Found, log: Log) -> None:
     if difference:
         log.say("notice", difference)
     training.restore(t, found.folder)
-    checkpoint.clean(run, found.folder)  # broken ones after it, so that their names are free again
+    checkpoint.settle(run, found.folder)
     run_folder.write_config(run, t.config)
     log.say("resume", f"from step {t.step:,} of {t.steps:,}")
 
