@@ -139,7 +139,7 @@ class Train:
     precision: str = "32-true"
     deterministic: bool = True
     checkpoint_steps: int = 0
-    """Steps between checkpoints; 0: once an epoch."""
+    """Steps between checkpoints; 0: at the end of an epoch, at most once a minute. The end always saves."""
     max_steps: int = 0
     """Stop after this many steps; 0: after the epochs. The schedule does not change."""
     stop_on_collapse: bool = False
