@@ -301,8 +301,10 @@ class _Pairs:
         if self.scale is None and self.bias is None:
             return []
         found, place = torch.unique(self.classes[i], return_inverse=True)
-        scale = None if self.scale is None else self.scale[found[:, None], self.key_classes[j]]
-        bias = None if self.bias is None else self.bias[found[:, None], self.key_classes[j]]
+        scale, bias = (
+            None if table is None else table.index_select(0, found).index_select(1, self.key_classes[j])
+            for table in (self.scale, self.bias)
+        )
         run, counts = torch.unique_consecutive(place, return_counts=True)
         parts: list[tuple[slice, Any]]
         if len(run) > SEGMENTS:
