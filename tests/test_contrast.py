@@ -7,14 +7,15 @@ import math
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from kladi.losses.contrast import OwnView, PairTables, contrast, pair_logsumexp
+from kladi.losses.contrast import OwnView, PairTables, contrast
+from kladi.losses.pair_logsumexp import pair_logsumexp
+from peak_memory import PEAK, needs_proc
 from reference_contrast import dense, loops
 
 U, D = 4, 5
@@ -158,7 +159,7 @@ def test_logsumexp_alone():
 
 def test_more_classes_in_a_tile_than_segments(monkeypatch):
     """Above that number a tile is multiplied by a gathered table instead of stripe by stripe."""
-    monkeypatch.setattr("kladi.losses.contrast.SEGMENTS", 20)
+    monkeypatch.setattr("kladi.losses.pair_logsumexp.SEGMENTS", 20)
     x, classes = rows(2, 130, classes=90)
     x.requires_grad_()
     tables = made("everything", classes=90)
@@ -406,8 +407,7 @@ def test_backward_twice_over_a_kept_graph():
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 MEMORY = """
-    import re, torch
-    from pathlib import Path
+    import torch
     from kladi.losses.contrast import OwnView, PairTables, contrast
     torch.set_num_threads(1)
     def call(n):
@@ -415,8 +415,6 @@ MEMORY = """
         table = torch.rand(8, 8)
         tables = PairTables(table + table.T, 5 + table + table.T)
         contrast(x, torch.arange(n) % 8, tables, views=2, own=OwnView())[0].backward()
-    def peak():  # of this program alone: the peak that getrusage tells may be that of the parent
-        return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
     call(64)
     before = peak()
     call(12_000)
@@ -425,8 +423,10 @@ MEMORY = """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory of a process from /proc")
+@needs_proc
 def test_no_matrix_of_all_pairs_is_ever_held():
     """Peak memory of the process, forward and backward, a fifth of one n x n matrix."""
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(MEMORY)], capture_output=True, text=True, check=True)
-    assert 0 < int(done.stdout) * 1024 < 12_000**2 * 4 / 5
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK + textwrap.dedent(MEMORY)], capture_output=True, text=True, check=True
+    )
+    assert 0 < int(done.stdout) < 12_000**2 * 4 / 5
