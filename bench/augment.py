@@ -21,7 +21,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from kladi import config
-from kladi.data import augment
+from kladi.data.views import augment
 
 BATCH = 256
 MEAN, STD = 0.5, 0.25

@@ -22,9 +22,10 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from kladi.config import Intensity
-from kladi.data import decode, store
-from kladi.data.decoder import digest_of
-from kladi.data.intensity import fit, store_side
+from kladi.data.decoded import store
+from kladi.data.decoded.decoder import digest_of
+from kladi.data.pixels import decode
+from kladi.data.pixels.intensity import fit, store_side
 
 
 def rate(work: Callable[[Path], object], paths: list[Path]) -> float:

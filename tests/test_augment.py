@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kladi import config
-from kladi.data import augment, resample
+from kladi.data.views import augment, resample
 from kladi.errors import UserError
 
 OFF = config.Augment(

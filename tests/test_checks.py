@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kladi.config import Data
-from kladi.data import checks, findings
+from kladi.data import findings
 from kladi.data.findings import Finding, counted, line, listed, merged, quoted, visible
-from kladi.data.manifest import Manifest
+from kladi.data.rows import checks
+from kladi.data.rows.manifest import Manifest
 from kladi.structure.taxonomy import Taxonomy
 
 TREE = Taxonomy.from_paths(["US/breast/benign", "US/breast/malignant", "US/thyroid", "MR/brain"])

@@ -21,8 +21,9 @@ from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from pydicom.pixels.processing import convert_color_space
 
 from kladi.config import Intensity
-from kladi.data import decode, decoder, dicom, dicom_grey, dicom_header, dicom_palette, dicom_tags
-from kladi.data.frame import Limits, Unreadable
+from kladi.data.decoded import decoder
+from kladi.data.pixels import decode, dicom, dicom_grey, dicom_header, dicom_palette, dicom_tags
+from kladi.data.pixels.frame import Limits, Unreadable
 
 FILE = Intensity(size=56)
 PERCENTILE = replace(FILE, window="percentile", low=0.0, high=100.0)

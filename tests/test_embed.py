@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from kladi import config, toy
-from kladi.data import augment
+from kladi.data.views import augment
 from kladi.errors import UserError
 from kladi.evaluate.baselines import BINS, fit_grey, grey_features
 from kladi.evaluate.embed import Embeddings, embed

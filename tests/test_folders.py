@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from kladi.config import Data
-from kladi.data import dicom_tags, folders, manifest
+from kladi.data.pixels import dicom_tags
+from kladi.data.rows import folders, manifest
 from kladi.errors import UserError
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kladi.data import identity
-from kladi.data.identity import Key, load_key
+from kladi.data.rows import identity
+from kladi.data.rows.identity import Key, load_key
 from kladi.errors import UserError
 
 ZEROS = Key(bytes(32))

@@ -21,8 +21,8 @@ from PIL import Image
 from scipy.special import expit
 
 from kladi.config import Data, Intensity
-from kladi.data import arrays, decode, images, intensity, signature
-from kladi.data.frame import Limits, Unreadable
+from kladi.data.pixels import arrays, decode, images, intensity, signature
+from kladi.data.pixels.frame import Limits, Unreadable
 
 GREY = Intensity(size=56, channels=1)
 COLOUR = Intensity(size=56, channels=3)
@@ -655,7 +655,7 @@ def test_a_large_jpeg_is_decoded_small_with_little_difference():
 @pytest.mark.parametrize("pipeline", [GREY, COLOUR, replace(COLOUR, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_preprocess_is_decode_fit_plain(tmp_path, pipeline, dtype):
-    from kladi.data.augment import plain
+    from kladi.data.views.augment import plain
 
     pixels = picture(40, 24, None if dtype == np.uint16 else 3, dtype)
     path = tmp_path / "a.png"

@@ -294,7 +294,7 @@ def test_rows_can_be_taken_and_permuted() -> None:
     assert rows_table(some).tolist() == rows_table(sets)[np.ix_([3, 2, 2], [3, 2, 2])].tolist()
     assert len(some.sets) == 2
     assert sets.take(np.arange(4)) == sets
-    assert some.coverage().rows == 3
+    assert coverage.of(some).rows == 3
 
 
 def test_many_classes_in_blocks() -> None:
@@ -313,7 +313,7 @@ def test_no_rows() -> None:
     sets = LabelSets.from_columns({"a": []})
     assert len(sets) == 0
     assert sets.similarity()[1].shape == (0, 0)
-    assert sets.coverage(batch=4).expected_positives is None
+    assert coverage.of(sets, batch=4).expected_positives is None
 
 
 # --- the ladder ----------------------------------------------------------------------------------------------------
@@ -490,7 +490,7 @@ def test_coverage_counts() -> None:
         "modality": ["CT", "CT", None, "CT", "CT", None, "MR", "CT"],
     }
     sets = LabelSets.from_columns(table, rungs={"anatomy": [None] * 7 + ["conflict"]})
-    report = sets.coverage(np.array([0, 0, 1, 2, 3, 4, 5, 6]))
+    report = coverage.of(sets, np.array([0, 0, 1, 2, 3, 4, 5, 6]))
     anatomy, modality = report.attributes
     assert report.rows == 8
     assert (anatomy.name, anatomy.known, modality.known) == ("anatomy", 5 / 8, 6 / 8)
@@ -511,11 +511,13 @@ def test_names_stay_out_of_the_report() -> None:
     patients = np.array([1, 1, 1, 2, 2, 2, 3, 4, 4, *range(5, 10), 20, 21, 22])
     for column in ("anatomy", "operator"):
         sets = LabelSets.from_columns({column: names})
-        report = sets.coverage(patients, batch=4)
+        report = coverage.of(sets, patients, batch=4)
         assert "mustermann" not in (repr(report) + repr(sets)).casefold()
         assert "localiser" in repr(report)
         assert ("localiser", 5) in report.attributes[0].values
-    assert LabelSets.from_columns({"anatomy": names}).coverage(patients).attributes[0].unmapped == (("localiser", 5),)
+    assert coverage.of(LabelSets.from_columns({"anatomy": names}), patients).attributes[0].unmapped == (
+        ("localiser", 5),
+    )
 
 
 def enumerate_positives(sets: LabelSets, batch: int, views: int, threshold: float) -> tuple[float, float]:
@@ -536,7 +538,7 @@ def test_expected_positives_against_all_batches(
     table: dict[str, list[str | None]], batch: int, views: int, threshold: float | None
 ) -> None:
     sets = LabelSets.from_columns(table)
-    report = sets.coverage(batch=batch, views=views, threshold=threshold)
+    report = coverage.of(sets, batch=batch, views=views, threshold=threshold)
     expected, alone = enumerate_positives(sets, batch, views, report.threshold)
     assert report.expected_positives == pytest.approx(expected, rel=1e-12)
     assert report.own_view_only == pytest.approx(alone, rel=1e-9, abs=1e-12)
@@ -556,22 +558,22 @@ def test_findings() -> None:
         "nothing": [None] * 6,
         "anatomy": ["phantom", "head", "head", "head", "head", "head"],
     }
-    found = LabelSets.from_columns(table).coverage(batch=4, threshold=0.5).findings
+    found = coverage.of(LabelSets.from_columns(table), batch=4, threshold=0.5).findings
     assert '"same" is the same in every row that has it: it lifts every similarity' in found
     assert '"id" is different in every row: the loss becomes plain view contrast (SimCLR)' in found
     assert '"nothing" is known of no row' in found
     assert '"anatomy": 1 rows are of a phantom' in found
     assert any(finding.startswith("threshold 0.5 may ask for more") for finding in found)
-    crowded = LabelSets.from_columns({"a": ["x"] * 9 + ["y"]}).coverage(batch=8)
+    crowded = coverage.of(LabelSets.from_columns({"a": ["x"] * 9 + ["y"]}), batch=8)
     assert any("of a batch would be positives" in finding for finding in crowded.findings)
-    fine = LabelSets.from_columns({"a": ["x", "y", "z"] * 3, "b": ["u", "u", "v"] * 3}).coverage(batch=8)
+    fine = coverage.of(LabelSets.from_columns({"a": ["x", "y", "z"] * 3, "b": ["u", "u", "v"] * 3}), batch=8)
     assert fine.findings == ()
 
 
 def test_batch_that_does_not_fit() -> None:
     sets = LabelSets.from_columns({"a": ["x", "y"]})
-    assert sets.coverage(batch=3).expected_positives is None
-    assert sets.coverage().own_view_only is None
+    assert coverage.of(sets, batch=3).expected_positives is None
+    assert coverage.of(sets).own_view_only is None
 
 
 @pytest.mark.slow
@@ -583,6 +585,6 @@ def test_a_million_rows() -> None:
     start = time.process_time()
     sets = LabelSets.from_columns(table)
     sets.similarity()
-    sets.coverage(draw.integers(0, 10**5, 10**6), batch=256)
+    coverage.of(sets, draw.integers(0, 10**5, 10**6), batch=256)
     assert time.process_time() - start < 10
     assert len(sets.sets) == 25

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from kladi import config
-from kladi.data import augment, loader, philox
-from kladi.data.batch import Batch
 from kladi.data.dataset import HELD_OUT, TRAIN, Dataset
-from kladi.data.loader import Loader
-from kladi.data.store import Store
+from kladi.data.decoded.store import Store
+from kladi.data.views import augment, loader, philox
+from kladi.data.views.batch import Batch
+from kladi.data.views.loader import Loader
 from kladi.errors import RunStopped, UserError
 from kladi.structure.labelset import LabelSets
 

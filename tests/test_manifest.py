@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from kladi.config import Data
-from kladi.data import dicom_rows, manifest, paths, table_files
 from kladi.data.findings import line
+from kladi.data.rows import dicom_rows, manifest, paths, table_files
 from kladi.errors import UserError
 from peak_memory import PEAK, needs_proc
 
@@ -548,7 +548,7 @@ def test_m11_hostile_labels_are_text_and_printed_inert(folder, text):
 MILLION = """
 import sys, time
 from kladi.config import Data
-from kladi.data import checks, manifest
+from kladi.data.rows import checks, manifest
 start = time.process_time()
 found = manifest.read(sys.argv[1], Data(metadata=("modality", "anatomy")))
 faults = checks.check(found, Data())
@@ -673,7 +673,7 @@ def test_attributes_without_any_dicom_file_are_refused(folder):
 
 @pytest.fixture
 def fake_tags(monkeypatch):
-    from kladi.data import dicom_tags
+    from kladi.data.pixels import dicom_tags
 
     def read_tags(path, **_):
         if "report" in path.name:

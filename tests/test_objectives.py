@@ -7,7 +7,7 @@ from torch import nn
 
 import tiny
 from kladi import losses, toy
-from kladi.data.batch import Batch, View
+from kladi.data.views.batch import Batch, View
 from kladi.errors import UserError
 from kladi.learn import objectives
 from kladi.learn.objectives import Facts, Siamese, Supervised, Term

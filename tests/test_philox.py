@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kladi.data import philox
+from kladi.data.views import philox
 
 ROWS = np.random.default_rng(0).integers(0, 2**64, 2000, dtype=np.uint64)
 

@@ -19,9 +19,10 @@ import tifffile
 from PIL import Image
 
 from kladi.config import Data, Intensity
-from kladi.data import building, content, decoder, images, store
-from kladi.data.frame import Limits
-from kladi.data.store import Store
+from kladi.data.decoded import building, content, decoder, store
+from kladi.data.decoded.store import Store
+from kladi.data.pixels import images
+from kladi.data.pixels.frame import Limits
 from kladi.errors import RunStopped
 
 SMALL = Intensity(size=28)
@@ -272,7 +273,7 @@ def test_killed_while_building_leaves_nothing_that_counts(data, tmp_path):
         import sys; sys.path.insert(0, {str(SOURCE)!r})
         from pathlib import Path
         from kladi.config import Intensity
-        from kladi.data import store
+        from kladi.data.decoded import store
         paths = sorted(Path({str(folder)!r}).glob("x*.png"))
         done = lambda n, of: print(n, flush=True)
         store.build(paths, [-1] * len(paths), Intensity(size=28), {str(tmp_path / "store")!r}, workers=1, progress=done)
@@ -298,7 +299,7 @@ def test_a_script_without_main_guard_works(data, tmp_path):
         textwrap.dedent(f"""
         import sys; sys.path.insert(0, {str(SOURCE)!r})
         from kladi.config import Intensity
-        from kladi.data import store
+        from kladi.data.decoded import store
         built, _ = store.build([{str(folder / "0.png")!r}], [-1], Intensity(size=28), {str(tmp_path / "store")!r})
         print(len(built))
     """)
@@ -315,7 +316,7 @@ def test_a_module_beside_the_script_shadows_no_library(data, tmp_path):
         textwrap.dedent(f"""
         import sys; here = sys.path.pop(0); sys.path.insert(0, {str(SOURCE)!r})
         from kladi.config import Intensity
-        from kladi.data import store
+        from kladi.data.decoded import store
         sys.path.insert(0, here)
         built, _ = store.build([{str(folder / "0.png")!r}], [-1], Intensity(size=28), {str(tmp_path / "store")!r})
         print(len(built))
@@ -443,7 +444,8 @@ def test_i14_a_store_that_cannot_be_read_is_tried_three_times(data, tmp_path, mo
 DEADLY = """
 import os, signal, sys, time
 sys.path[:0] = {path!r}
-from kladi.data import decode, decoder
+from kladi.data.pixels import decode
+from kladi.data.decoded import decoder
 honest = decode.open_bytes
 def open_bytes(data, *rest, **options):
     if data.startswith(b"segfault"):
@@ -524,6 +526,7 @@ def test_no_decoder_process_at_all(data, tmp_path, monkeypatch):
 
 
 def test_children_start_without_torch():
-    code = "import kladi.data.decoder, sys; print(sorted({'torch', 'polars', 'pydicom', 'scipy'} & set(sys.modules)))"
+    code = "import sys, kladi.data.decoded.decoder\n"
+    code += "print(sorted({'torch', 'polars', 'pydicom', 'scipy'} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert run.stdout == "[]\n"

@@ -22,8 +22,8 @@ from PIL import Image
 from typing_extensions import override
 
 from kladi.data.dataset import HELD_OUT, TRAIN, Dataset
-from kladi.data.intensity import fit, store_side
-from kladi.data.store import Store
+from kladi.data.decoded.store import Store
+from kladi.data.pixels.intensity import fit, store_side
 from kladi.structure.labelset import LabelSets
 from kladi.structure.taxonomy import Taxonomy
 

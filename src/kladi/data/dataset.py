@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Int, UInt64
 
-from kladi.data.store import Store
+from kladi.data.decoded.store import Store
 from kladi.structure.labelset import LabelSets
 from kladi.structure.taxonomy import Taxonomy
 

@@ -13,11 +13,13 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from kladi import config as settings
-from kladi.data import checks, manifest, philox, store
 from kladi.data.dataset import HELD_OUT, TEST, TRAIN, VAL, Dataset
+from kladi.data.decoded import store
+from kladi.data.decoded.store import Store
 from kladi.data.findings import Finding, line, merged
-from kladi.data.manifest import Manifest
-from kladi.data.store import Store
+from kladi.data.rows import checks, manifest
+from kladi.data.rows.manifest import Manifest
+from kladi.data.views import philox
 from kladi.errors import UserError
 from kladi.structure.labelset import LabelSets
 from kladi.structure.synonyms import Synonyms

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 
 from kladi.data.dataset import HELD_OUT, TEST, TRAIN, VAL, Dataset
-from kladi.data.store import Store
+from kladi.data.decoded.store import Store
 from kladi.evaluate.embed import Embeddings
 from kladi.evaluate.files import write_private
 from kladi.evaluate.neighbours import purity, unit

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Float32
 
 from kladi import config as settings
-from kladi.data import augment
 from kladi.data.dataset import Dataset
+from kladi.data.views import augment
 
 BINS = 64
 SIDE = 32

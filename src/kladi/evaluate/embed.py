@@ -19,8 +19,8 @@ from jaxtyping import Float32, Int, UInt64
 from torch import nn
 
 from kladi import config as settings
-from kladi.data import augment
 from kladi.data.dataset import Dataset
+from kladi.data.views import augment
 from kladi.errors import UserError
 from kladi.evaluate.files import write_private
 from kladi.structure.taxonomy import Taxonomy

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kladi.data.batch import Batch
 from kladi.data.dataset import Dataset
+from kladi.data.views.batch import Batch
 from kladi.models import weights
 
 NAMED_ROWS = 20

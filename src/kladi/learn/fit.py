@@ -21,8 +21,8 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from kladi import config as settings
-from kladi.data.batch import Batch
 from kladi.data.dataset import Dataset
+from kladi.data.views.batch import Batch
 from kladi.errors import RunStopped, UserError
 from kladi.learn import checkpoint, diagnosis, lock, monitors, run_folder, signals, training
 from kladi.learn.console import Lines

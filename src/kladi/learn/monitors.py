@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kladi import config as settings
-from kladi.data import augment, philox
 from kladi.data.dataset import TRAIN, Dataset
+from kladi.data.views import augment, philox
 
 ROWS = 512
 LEAST_RANK, LEAST_STD = 2.0, 0.05

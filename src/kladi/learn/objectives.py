@@ -18,8 +18,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from typing_extensions import override
 
-from kladi.data.batch import Batch, View
 from kladi.data.dataset import TRAIN, Dataset
+from kladi.data.views.batch import Batch, View
 from kladi.errors import UserError, suggestion
 from kladi.learn import plugin
 from kladi.losses import (

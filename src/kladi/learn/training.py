@@ -16,7 +16,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from kladi import config as settings
 from kladi.data.dataset import Dataset
-from kladi.data.loader import Loader
+from kladi.data.views.loader import Loader
 from kladi.errors import UserError, suggestion
 from kladi.learn import checkpoint, monitors, objectives, run_folder, state
 from kladi.models import backbones, weights

@@ -71,7 +71,7 @@ class Encoder(nn.Module):
 
     def preprocess(self, source: Any) -> Float[Tensor, "C S S"]:
         """One image (a path, or an array of grey levels) as this encoder expects it: the pipeline of its training."""
-        from kladi.data.images import preprocess
+        from kladi.data.pixels.images import preprocess
 
         return preprocess(source, self.intensity)
 

@@ -20,7 +20,6 @@ from jaxtyping import Bool, Float64, Int, Int64
 
 from kladi.errors import UserError, suggestion
 from kladi.structure import cells
-from kladi.structure import coverage as report
 from kladi.structure.synonyms import Synonyms, overlay, shipped
 from kladi.structure.taxonomy import Taxonomy
 
@@ -283,17 +282,6 @@ class LabelSets:
                 known, size = known + omega[h], size + omega[h] * most[h]
                 least = min(least, known * omega[g] / (2 * size - omega[g]))
         return float(least)
-
-    def coverage(
-        self,
-        group: Int[np.ndarray, " n"] | None = None,
-        *,
-        batch: int | None = None,
-        views: int = 2,
-        threshold: float | None = None,
-    ) -> report.Coverage:
-        """How much is known, what it is, and what the loss will see of it. `coverage.of` says what each number is."""
-        return report.of(self, group, batch=batch, views=views, threshold=threshold)
 
 
 def _weight(name: str, weights: Mapping[str, float | int] | None) -> float:

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kladi.data import signature
 from kladi.data.findings import Finding, Severity, counted, listed, quoted
-from kladi.data.row_cells import SPLITS
+from kladi.data.pixels import signature
+from kladi.data.rows.cells import SPLITS
 
 AMBIGUOUS = {"NPZ": (".npz",), "BMP": (".bmp", ".dib"), "gzip": (".nii.gz",)}
 """Kinds whose first bytes other files share (a spreadsheet is a zip, a note may begin BM): the suffix must agree."""

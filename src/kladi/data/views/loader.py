@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Int, Int64
 
 from kladi import config as settings
-from kladi.data import augment, philox
-from kladi.data.batch import Batch, View
 from kladi.data.dataset import TRAIN, Dataset
+from kladi.data.views import augment, philox
+from kladi.data.views.batch import Batch, View
 from kladi.errors import RunStopped, UserError
 
 AHEAD = 1

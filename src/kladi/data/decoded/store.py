@@ -29,10 +29,10 @@ import numpy as np
 from jaxtyping import Int, Int32, Int64, UInt8, UInt16, UInt64
 
 from kladi import config as settings
-from kladi.data.building import decode_into
-from kladi.data.content import FORMAT, read_contents, row_ids, store_key
+from kladi.data.decoded.building import decode_into
+from kladi.data.decoded.content import FORMAT, read_contents, row_ids, store_key
 from kladi.data.findings import Finding
-from kladi.data.frame import Limits
+from kladi.data.pixels.frame import Limits
 from kladi.errors import RunStopped
 
 TRIES = 3

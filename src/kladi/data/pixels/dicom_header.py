@@ -16,8 +16,8 @@ from pydicom.dataelem import RawDataElement
 from pydicom.filereader import read_dataset
 from pydicom.tag import Tag
 
-from kladi.data.arrays import inflate
-from kladi.data.frame import Limits, Unreadable
+from kladi.data.pixels.arrays import inflate
+from kladi.data.pixels.frame import Limits, Unreadable
 
 PIXEL_GROUP = 0x7FE0
 FILE_TAGS = ("SOPClassUID", "ImageType", "LossyImageCompression", "BurnedInAnnotation")

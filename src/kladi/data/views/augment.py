@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from kladi import config
-from kladi.data import philox
-from kladi.data.resample import affine, crop, resample, whole
+from kladi.data.views import philox
+from kladi.data.views.resample import affine, crop, resample, whole
 from kladi.errors import UserError
 
 (

@@ -6,8 +6,8 @@ import numpy as np
 import pydicom
 from jaxtyping import UInt8, UInt16
 
-from kladi.data.dicom_header import words
-from kladi.data.frame import Unreadable
+from kladi.data.pixels.dicom_header import words
+from kladi.data.pixels.frame import Unreadable
 
 COLOURS = ("Red", "Green", "Blue")
 LONGEST = 65536

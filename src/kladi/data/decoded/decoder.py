@@ -29,16 +29,18 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from kladi import config as settings
-from kladi.data import decode
-from kladi.data.frame import Limits, Opened, Unreadable
-from kladi.data.intensity import fit, store_side
+from kladi.data.pixels import decode
+from kladi.data.pixels.frame import Limits, Opened, Unreadable
+from kladi.data.pixels.intensity import fit, store_side
 from kladi.errors import RunStopped
 
 PATIENCE = 60.0
 """Seconds without an answer after which a decoder is taken for hung, and its file left out."""
 AHEAD = 4
 """Frames that a child is told of before it has answered: it never waits for the parent."""
-_START = "import sys; sys.path[:0] = {path!r}; sys.path += {rest!r}; from kladi.data.decoder import serve; serve()"
+_START = (
+    "import sys; sys.path[:0] = {path!r}; sys.path += {rest!r}; from kladi.data.decoded.decoder import serve; serve()"
+)
 """path: where this package lies. rest: the parent's path, at the end, lest a script's folder shadow a library."""
 
 
@@ -199,7 +201,7 @@ class _Lane:
             _pipe(child.stdin).flush()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        code = _START.format(path=[str(Path(__file__).parents[2])], rest=[p for p in sys.path if p])
+        code = _START.format(path=[str(Path(__file__).parents[3])], rest=[p for p in sys.path if p])
         # One thread a child: the children are the parallelism.
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         child = subprocess.Popen(  # noqa: S603 - our own interpreter, no shell

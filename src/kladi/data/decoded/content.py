@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import UInt64
 
 from kladi import config as settings
-from kladi.data.decode import open_file
-from kladi.data.frame import Limits, Unreadable
+from kladi.data.pixels.frame import Limits, Unreadable
+from kladi.data.pixels.open_file import open_file
 
 FORMAT = 1
 """Of the store; a change of what is stored, or how, is another number."""

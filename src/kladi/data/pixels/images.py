@@ -46,10 +46,10 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from kladi import config as settings
-from kladi.data.arrays import open_stack
-from kladi.data.decode import Decoded, count_frames, decode, read_frame
-from kladi.data.frame import Limits, Unreadable
-from kladi.data.intensity import fit, store_side
+from kladi.data.pixels.arrays import open_stack
+from kladi.data.pixels.decode import Decoded, count_frames, decode, read_frame
+from kladi.data.pixels.frame import Limits, Unreadable
+from kladi.data.pixels.intensity import fit, store_side
 
 
 def preprocess(
@@ -66,7 +66,7 @@ def preprocess(
     Raises:
         Unreadable: no image; the reason says why.
     """
-    from kladi.data.augment import plain
+    from kladi.data.views.augment import plain
 
     limits = limits or Limits()
     if isinstance(image, np.ndarray):

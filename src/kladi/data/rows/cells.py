@@ -5,7 +5,7 @@ from __future__ import annotations
 import polars as pl
 
 from kladi.data.findings import Finding, counted, listed, quoted
-from kladi.data.table_files import BLANKS
+from kladi.data.rows.table_files import BLANKS
 from kladi.errors import suggestion
 from kladi.structure.synonyms import UNKNOWN
 

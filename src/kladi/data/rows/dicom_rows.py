@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from kladi.data.columns import ATTRIBUTES
 from kladi.data.findings import Finding, Severity
+from kladi.data.rows.columns import ATTRIBUTES
 
 if TYPE_CHECKING:
-    from kladi.data.dicom_tags import Tags
+    from kladi.data.pixels.dicom_tags import Tags
 
 MAYBE_DICOM = r"(?i)\.(dcm|dicom|dic|ima|\d+)$|(^|/)[^/.]+$"
 """Names that DICOM files go by: a usual suffix, the number that ends a UID, or no suffix at all."""
@@ -74,7 +74,7 @@ def add_tags(
         columns: attributes to add as columns; null on rows that are not DICOM.
         patients: whether the tags' patient stands where the row has none.
     """
-    from kladi.data.dicom_tags import Skipped, read_tags, select_frames  # loads pydicom: only where it is needed
+    from kladi.data.pixels.dicom_tags import Skipped, read_tags, select_frames  # loads pydicom: only where it is needed
 
     positions = set(dicom)
     number, path, given = table["row"].to_list(), table["path"].to_list(), table["frame"].to_list()

@@ -17,11 +17,11 @@ import numpy as np
 from jaxtyping import Int64, UInt64
 
 from kladi import config as settings
-from kladi.data.content import FORMAT, Content, cores, pipeline_digest
-from kladi.data.decoder import Answer, Job, decode_all
+from kladi.data.decoded.content import FORMAT, Content, cores, pipeline_digest
+from kladi.data.decoded.decoder import Answer, Job, decode_all
 from kladi.data.findings import counted
-from kladi.data.frame import Limits
-from kladi.data.intensity import store_side, widen
+from kladi.data.pixels.frame import Limits
+from kladi.data.pixels.intensity import store_side, widen
 from kladi.errors import RunStopped
 
 JOBS_A_CHILD = 16

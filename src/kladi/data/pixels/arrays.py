@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from kladi import config as settings
-from kladi.data.frame import Frame, Limits, Opened, Unreadable, check_size
-from kladi.data.intensity import from_any_range, percentile_bounds
-from kladi.data.raster import check_finite
-from kladi.data.signature import kind_of
+from kladi.data.pixels.frame import Frame, Limits, Opened, Unreadable, check_size
+from kladi.data.pixels.intensity import from_any_range, percentile_bounds
+from kladi.data.pixels.raster import check_finite
+from kladi.data.pixels.signature import kind_of
 
 PICTURE_KEYS = ("image", "images", "img", "data", "x", "arr_0", "array", "pixels")
 """Names under which an .npz with several arrays may keep its picture, best first."""

@@ -14,8 +14,8 @@ import polars as pl
 
 from kladi import config as settings
 from kladi.data.findings import SHOWN, Finding, Severity, counted, listed, quoted
-from kladi.data.labels import parts, prefixes
-from kladi.data.manifest import Manifest
+from kladi.data.rows.labels import parts, prefixes
+from kladi.data.rows.manifest import Manifest
 from kladi.structure.taxonomy import Taxonomy
 
 FEWEST_PATIENTS = 3

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from kladi import config as settings
-from kladi.data import raster, signature
-from kladi.data.frame import MIN_SIDE, Frame, Limits, Opened, Unreadable
-from kladi.data.intensity import Integers, luminance, widen
+from kladi.data.pixels import raster, signature
+from kladi.data.pixels.frame import MIN_SIDE, Frame, Limits, Opened, Unreadable
+from kladi.data.pixels.intensity import Integers, luminance, widen
+from kladi.data.pixels.open_file import open_file
 
 LARGEST_FILE = 4 << 30
 """Bytes; a file is read whole before it is decoded."""
@@ -75,32 +74,6 @@ def read_bytes(path: str | Path) -> bytes:
             raise Unreadable(f"cannot be read ({error.strerror or type(error).__name__})", "I14") from error
 
 
-def open_file(path: str | Path) -> io.BufferedReader:
-    """A regular file, for reading; a pipe or a device would never end.
-
-    Raises:
-        Unreadable: missing, no regular file, or not allowed.
-    """
-    try:
-        file = Path(_long(path))
-        if not stat.S_ISREG(file.stat().st_mode):
-            raise Unreadable("is no regular file", "M7")
-        return file.open("rb")
-    except FileNotFoundError as error:
-        raise Unreadable("is missing", "M5") from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
-        why = error.strerror if isinstance(error, OSError) else None
-        raise Unreadable(f"cannot be read ({why or type(error).__name__})", "I14") from error
-
-
-def _long(path: str | Path) -> str:
-    """The path as the operating system takes it; Windows wants a prefix from 260 characters on."""
-    text = str(path)
-    if os.name == "nt" and len(text) > 240 and not text.startswith("\\\\?\\"):
-        return "\\\\?\\" + str(Path(text).resolve())
-    return text
-
-
 def open_bytes(data: bytes, intensity: settings.Intensity, limits: Limits, name: str = "") -> Opened:
     """Find the format of `data` and read its header. `name` only serves to notice a wrong suffix.
 
@@ -127,11 +100,11 @@ def _reader(kind: str, data: bytes, intensity: settings.Intensity, limits: Limit
     if kind in {"PNG", "JPEG", "GIF", "BMP", "TIFF", "WebP", "JPEG 2000"}:
         return raster.open_raster(data, kind, intensity, limits)
     if kind in {"NPY", "NPZ", "NIfTI", "gzip"}:
-        from kladi.data import arrays
+        from kladi.data.pixels import arrays
 
         return arrays.open_array(data, kind, intensity, limits)
     if kind == "DICOM":
-        from kladi.data import dicom
+        from kladi.data.pixels import dicom
 
         return dicom.open_dicom(data, intensity, limits)
     raise Unreadable(f"no image: content is {kind}", "I3")

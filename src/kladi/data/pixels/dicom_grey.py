@@ -13,9 +13,9 @@ import pydicom
 from jaxtyping import Bool, Float64, Integer, UInt8, UInt16
 
 from kladi import config as settings
-from kladi.data.dicom_header import items, numbers, texts, words
-from kladi.data.frame import Unreadable
-from kladi.data.intensity import between, linear, linear_exact, percentile_bounds, sigmoid, to_integers
+from kladi.data.pixels.dicom_header import items, numbers, texts, words
+from kladi.data.pixels.frame import Unreadable
+from kladi.data.pixels.intensity import between, linear, linear_exact, percentile_bounds, sigmoid, to_integers
 
 FUNCTIONS = {"LINEAR": linear, "LINEAR_EXACT": linear_exact, "SIGMOID": sigmoid}
 

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from kladi import config as settings
-from kladi.data.frame import Frame, Limits, Opened, Unreadable, check_size
-from kladi.data.intensity import from_any_range, store_side
+from kladi.data.pixels.frame import Frame, Limits, Opened, Unreadable, check_size
+from kladi.data.pixels.intensity import from_any_range, store_side
 
 _PILLOW_NAME = {"JPEG 2000": "JPEG2000", "WebP": "WEBP"}
 _TO_GREY = {"1", "L", "LA"}

@@ -25,10 +25,10 @@ import numpy as np
 import pydicom
 from pydicom import uid
 
-from kladi.data.decode import open_file
-from kladi.data.dicom_header import Header, integer, items, numbers, quiet, read_header, texts
-from kladi.data.frame import Limits, Unreadable
-from kladi.data.signature import kind_of
+from kladi.data.pixels.dicom_header import Header, integer, items, numbers, quiet, read_header, texts
+from kladi.data.pixels.frame import Limits, Unreadable
+from kladi.data.pixels.open_file import open_file
+from kladi.data.pixels.signature import kind_of
 from kladi.structure.anatomy import combine_anatomy, normalise_anatomy
 
 TAGS = (

@@ -28,11 +28,11 @@ from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels import get_decoder
 
 from kladi import config as settings
-from kladi.data.dicom_grey import read_grey, to_pixels
-from kladi.data.dicom_header import PIXEL_TAGS, Header, integer, quiet, read_header, texts
-from kladi.data.dicom_palette import apply_palette
-from kladi.data.dicom_tags import Skipped, Tags, read_tags
-from kladi.data.frame import Frame, Limits, Opened, Unreadable, check_size
+from kladi.data.pixels.dicom_grey import read_grey, to_pixels
+from kladi.data.pixels.dicom_header import PIXEL_TAGS, Header, integer, quiet, read_header, texts
+from kladi.data.pixels.dicom_palette import apply_palette
+from kladi.data.pixels.dicom_tags import Skipped, Tags, read_tags
+from kladi.data.pixels.frame import Frame, Limits, Opened, Unreadable, check_size
 
 GREY = {"MONOCHROME1", "MONOCHROME2"}
 COLOUR = {"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT"}

@@ -16,12 +16,13 @@ from typing import Any
 import polars as pl
 
 from kladi import config as settings
-from kladi.data import columns as roles
-from kladi.data import dicom_rows, folders, labels, row_cells, table_files
 from kladi.data.findings import Finding, counted, listed, quoted
-from kladi.data.paths import OK, faults, locate
-from kladi.data.repeats import drop_repeats
-from kladi.data.signature import kind_of
+from kladi.data.pixels.signature import kind_of
+from kladi.data.rows import cells as row_cells
+from kladi.data.rows import columns as roles
+from kladi.data.rows import dicom_rows, folders, labels, table_files
+from kladi.data.rows.paths import OK, faults, locate
+from kladi.data.rows.repeats import drop_repeats
 from kladi.errors import UserError, suggestion
 
 ROLES = ("row", "path", "frame", "label", "patient", "split")
