@@ -24,7 +24,7 @@ import numpy as np
 from kladi import config as settings
 from kladi.data.dataset import TRAIN, Dataset
 from kladi.data.load import load
-from kladi.evaluate import account, atlas, comparisons, figures, results, statistics
+from kladi.evaluate import comparisons, statistics
 from kladi.evaluate.answers import LOWER_IS_BETTER, Task
 from kladi.evaluate.baselines import grey_features
 from kladi.evaluate.controls import shuffled_leaves
@@ -32,7 +32,8 @@ from kladi.evaluate.embed import embed
 from kladi.evaluate.evaluation import random_encoder
 from kladi.evaluate.measure import Measured, Method, measure, parts_of
 from kladi.evaluate.pretraining import of_run
-from kladi.evaluate.regimes import Part
+from kladi.evaluate.readouts.regimes import Part
+from kladi.evaluate.record import account, atlas, figures, results
 from kladi.evaluate.splits import manifest_splits, scored_classes
 from kladi.learn.fit import fit
 from kladi.models import backbones, heads

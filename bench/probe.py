@@ -16,7 +16,7 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from kladi.evaluate.probe import LAMBDAS, fit_probes
+from kladi.evaluate.readouts.probe import LAMBDAS, fit_probes
 
 TOLERANCE = 1e-6
 CASES = ((2000, 128, 2), (2000, 128, 8), (2000, 512, 8), (150, 512, 8), (5000, 512, 10))

@@ -15,8 +15,8 @@ from PIL import Image
 
 from kladi import toy
 from kladi.data.dataset import TEST
-from kladi.evaluate import atlas
 from kladi.evaluate.embed import describe
+from kladi.evaluate.record import atlas
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +217,6 @@ def test_umap_repeats_and_keeps_clusters_together():
     first, second = atlas.draw(embeddings, kind="umap"), atlas.draw(embeddings, kind="umap")
     assert first.kind == "umap"
     np.testing.assert_array_equal(first.points, second.points)
-    from kladi.evaluate.neighbours import purity
+    from kladi.evaluate.readouts.neighbours import purity
 
     assert purity(first.points, first.rows % 3, k=10) > 0.95

@@ -1,6 +1,7 @@
 """Configuration: every key round-trips, and every mistake is answered with the closest word."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -79,3 +80,27 @@ def test_closest_is_case_blind_and_never_empty():
     assert closest("EPOCHS", ["epochs", "batch"]) == ["epochs"]
     assert closest("zzz", ["epochs"]) == ["epochs"]
     assert closest("zzz", []) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("data.held_out", "2", "data.held_out 2: takes 0 to 0.9"),
+        ("data.held_out", "nan", "data.held_out nan: takes"),
+        ("intensity.size", "7", "intensity.size 7: takes 8 to"),
+        ("evaluate.folds", "1", "evaluate.folds 1: takes 3 to"),
+        ("encoder.projector", "0,128", "encoder.projector 0: takes 1 to"),
+        ("intensity.low", "99.9", "intensity.low 99.9 is not below intensity.high 99.5"),
+        ("intensity.mean", "0.1,0.2", "intensity.mean has 2 values for 1 channels"),
+    ],
+)
+def test_impossible_numbers_are_refused_before_any_image_is_read(key, value, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        config.override(config.Config(), {key: value})
+
+
+def test_every_range_holds_its_default():
+    for key, (least, most) in config.RANGES.items():
+        section, name = key.split(".")
+        value = getattr(getattr(config.Config(), section), name)
+        assert all(least <= v <= most for v in (value if isinstance(value, tuple) else (value,)))

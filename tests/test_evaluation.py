@@ -17,10 +17,11 @@ from kladi import toy
 from kladi.data.dataset import HELD_OUT, TEST, TRAIN, VAL
 from kladi.data.findings import Finding
 from kladi.errors import UserError
-from kladi.evaluate import protocol, results
+from kladi.evaluate import protocol
 from kladi.evaluate.embed import Embeddings, describe
 from kladi.evaluate.evaluation import evaluate, random_encoder
 from kladi.evaluate.pretraining import Pretraining, of_run, seen_rows
+from kladi.evaluate.record import results
 from kladi.evaluate.splits import Splits
 from kladi.learn import run_folder
 from kladi.learn.console import Silent

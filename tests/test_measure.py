@@ -7,11 +7,12 @@ import math
 import numpy as np
 import pytest
 
-from kladi.evaluate import comparisons, figures, metrics, results
+from kladi.evaluate import comparisons, metrics
 from kladi.evaluate.answers import Answers, Task, resampled, values
 from kladi.evaluate.baselines import BINS
 from kladi.evaluate.measure import Method, measure, parts_of
-from kladi.evaluate.regimes import Part
+from kladi.evaluate.readouts.regimes import Part
+from kladi.evaluate.record import figures, results
 from kladi.evaluate.splits import TEST, TRAIN, VAL, make_splits, manifest_splits
 from kladi.losses import geometry
 from kladi.structure.taxonomy import Taxonomy

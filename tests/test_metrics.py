@@ -12,8 +12,8 @@ from scipy.special import log_softmax
 from sklearn import metrics as sk
 
 import reference
-from kladi.evaluate import metrics, metrics_flat
-from kladi.evaluate.metrics import UndefinedMetric
+from kladi.evaluate import metrics
+from kladi.evaluate.metrics import UndefinedMetric, flat, hierarchical
 from kladi.structure.taxonomy import Taxonomy
 
 EXAMPLE = ["US/breast/benign", "US/breast/malignant", "US/thyroid", "MR/brain", "MR/knee"]
@@ -758,7 +758,7 @@ def test_tree_accuracy_is_never_negative():
     assert metrics.tree_accuracy(top, leaf, tax) == 0  # four edges away, the diameter is two
 
 
-@pytest.mark.parametrize("module", [metrics, metrics_flat], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [hierarchical, flat], ids=lambda m: m.__name__)
 def test_examples_in_docstrings(module):
     result = doctest.testmod(module)
     assert result.failed == 0

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
 from kladi.evaluate import metrics
-from kladi.evaluate.neighbours import knn_scores, nearest_prototype, purity, retrieve, unit
+from kladi.evaluate.readouts.neighbours import knn_scores, nearest_prototype, purity, retrieve, unit
 from kladi.losses import geometry
 
 
@@ -173,7 +173,7 @@ def test_purity_by_hand_and_its_edges():
 
 
 def test_blocks_change_nothing(monkeypatch):
-    from kladi.evaluate import neighbours
+    from kladi.evaluate.readouts import neighbours
 
     query, y, gallery, target = clouds()
     whole = retrieve(query, y, gallery, target), purity(gallery, target, k=4)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from kladi.evaluate import probe
-from kladi.evaluate.probe import LAMBDAS, choose, fit_probes
+from kladi.evaluate.readouts import probe
+from kladi.evaluate.readouts.probe import LAMBDAS, choose, fit_probes
 
 FEW = (1.0, 1e-2, 1e-4)
 

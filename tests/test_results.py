@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kladi.errors import UserError
-from kladi.evaluate import results
-from kladi.evaluate.results import Row
+from kladi.evaluate.record import results
+from kladi.evaluate.record.results import Row
 
 
 def row(**given):

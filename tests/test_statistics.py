@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import f1_score, recall_score, roc_auc_score
 
-from kladi.evaluate import statistics, weighted
+from kladi.evaluate import statistics
 from kladi.evaluate.bootstrap import PatientDraws, draw_means, patient_draws, percentile_interval
+from kladi.evaluate.metrics import weighted
 from kladi.evaluate.statistics import (
     VERDICTS,
     corrected_resampled_t,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tomllib
 import types
 import typing
@@ -33,6 +34,8 @@ class Data:
     """Frames of a multi-frame file: all, middle, first, or a number n for every n-th."""
     max_left_out: float = 0.05
     """Share of rows that may be unreadable before the run is refused."""
+    held_out: float = 0.3
+    """Share of patients kept from pretraining for the evaluation, where the manifest has no column split."""
     max_pixels: int = 178_956_970
     """Files whose header promises more pixels are left out before anything is allocated."""
     nonfinite: typing.Literal["leave_out", "zero"] = "leave_out"
@@ -180,6 +183,23 @@ class Config:
     evaluate: Evaluate = field(default_factory=Evaluate)
 
 
+RANGES: dict[str, tuple[float, float]] = {
+    "data.max_left_out": (0, 1),
+    "data.held_out": (0, 0.9),
+    "data.max_pixels": (64, 2**40),
+    "intensity.size": (8, 8192),
+    "intensity.width": (1e-6, 1e12),
+    "intensity.low": (0, 100),
+    "intensity.high": (0, 100),
+    "encoder.projector": (1, 2**20),
+    "evaluate.folds": (3, 100),
+    "evaluate.repeats": (1, 1000),
+    "evaluate.bootstrap": (0, 10**6),
+    "evaluate.neighbours": (1, 10**6),
+}
+"""Least and most of numbers that would otherwise be found impossible only after all images were read."""
+
+
 def read(path: Path) -> Config:
     """The configuration in a TOML file; keys that are absent keep their defaults.
 
@@ -203,6 +223,12 @@ def override(config: Config, values: Mapping[str, Any], where: str = "") -> Conf
     """
     for key, value in values.items():
         config = _replaced(config, key, value, where)
+    pipeline = config.intensity
+    if pipeline.low >= pipeline.high:
+        raise UserError(f"intensity.low {pipeline.low:g} is not below intensity.high {pipeline.high:g}")
+    for name, values_of in (("mean", pipeline.mean), ("std", pipeline.std)):
+        if len(values_of) not in {1, pipeline.channels}:
+            raise UserError(f"intensity.{name} has {len(values_of)} values for {pipeline.channels} channels")
     return config
 
 
@@ -269,7 +295,15 @@ def _replaced(config: Config, key: str, value: Any, where: str) -> Config:
         value = {**old, argument: _scalar(value)}
     else:
         value = _coerced(value, typing.get_type_hints(type(table))[name], f"{prefix}{key}")
+        _check_range(key, value, prefix)
     return dataclasses.replace(config, **{section: dataclasses.replace(table, **{name: value})})
+
+
+def _check_range(key: str, value: Any, prefix: str) -> None:
+    least, most = RANGES.get(key, (-math.inf, math.inf))
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, int | float) and not least <= number <= most:
+            raise UserError(f"{prefix}{key} {number:g}: takes {least:g} to {most:g}")
 
 
 def _scalar(value: Any) -> Any:

@@ -26,7 +26,6 @@ from kladi.structure.synonyms import Synonyms
 from kladi.structure.synonyms import read as read_synonyms
 from kladi.structure.taxonomy import Taxonomy
 
-HELD_OUT_SHARE = 0.3
 SHOWN_ERRORS = 3
 """Errors that a command other than `check` lists: a mistake is three lines at most."""
 SHOWN_COLUMNS = ("modality", "anatomy", "laterality", "view", "device", "site", "source")
@@ -110,7 +109,7 @@ def join(inspection: Inspection, config: settings.Config) -> Dataset:
         row_id=pixels.row_id,
         manifest_row=table["row"].to_numpy().astype(np.int64),
         group=group,
-        split=_splits(table["split"], group, pixels.row_id, config.train.seed),
+        split=_splits(table["split"], group, pixels.row_id, config.data.held_out, config.train.seed),
         taxonomy=taxonomy,
         target=_targets(table["label"], taxonomy),
         label_sets=label_sets,
@@ -173,9 +172,9 @@ def _targets(labels: pl.Series, taxonomy: Taxonomy | None) -> Int[np.ndarray, " 
 
 
 def _splits(
-    split: pl.Series, group: Int[np.ndarray, " n"], row_id: UInt64[np.ndarray, " n"], seed: int
+    split: pl.Series, group: Int[np.ndarray, " n"], row_id: UInt64[np.ndarray, " n"], held_out_share: float, seed: int
 ) -> Int[np.ndarray, " n"]:
-    """The manifest's split; where it has none at all, about 30 % of the patients are held out, by counter-based draw.
+    """The manifest's split; where it has none at all, a share of the patients is held out, by counter-based draw.
 
     A row without a split in a manifest that has them is a training row.
     """
@@ -188,7 +187,7 @@ def _splits(
     drawn = philox.uniform(seed, "split", least, 0, 0, 0)
     order = np.argsort(drawn, kind="stable")
     held_out = np.zeros(len(least), dtype=bool)
-    held_out[order[: round(HELD_OUT_SHARE * len(least))]] = True
+    held_out[order[: round(held_out_share * len(least))]] = True
     return np.where(held_out[group], HELD_OUT, TRAIN).astype(np.int64)
 
 

@@ -11,8 +11,9 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from kladi.evaluate import metrics, weighted
+from kladi.evaluate import metrics
 from kladi.evaluate.bootstrap import Metric
+from kladi.evaluate.metrics import weighted
 from kladi.structure.taxonomy import Taxonomy
 
 T = TypeVar("T")

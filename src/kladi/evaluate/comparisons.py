@@ -15,7 +15,7 @@ from kladi.evaluate import statistics
 from kladi.evaluate.answers import LOWER_IS_BETTER, PRIMARY, Task
 from kladi.evaluate.bootstrap import PatientDraws, draw_means, patient_draws, percentile_interval
 from kladi.evaluate.measure import Measured, Resample
-from kladi.evaluate.regimes import Part
+from kladi.evaluate.readouts.regimes import Part
 from kladi.evaluate.splits import TEST, TRAIN
 
 MARGIN = 0.01

@@ -22,7 +22,7 @@ from kladi import config as settings
 from kladi.data.dataset import Dataset
 from kladi.data.views import augment
 from kladi.errors import UserError
-from kladi.evaluate.files import write_private
+from kladi.evaluate.record.files import write_private
 from kladi.structure.taxonomy import Taxonomy
 
 FORMAT, VERSION = "kladi-embeddings", 1

@@ -26,16 +26,17 @@ from kladi import config as settings
 from kladi.data.dataset import Dataset
 from kladi.data.findings import Finding
 from kladi.errors import UserError, suggestion
-from kladi.evaluate import account, atlas, baselines, comparisons, figures, pretraining, protocol, results
-from kladi.evaluate.account import Subject
+from kladi.evaluate import baselines, comparisons, pretraining, protocol
 from kladi.evaluate.answers import LOWER_IS_BETTER, PRIMARY, Task
 from kladi.evaluate.embed import Embeddings, embed
-from kladi.evaluate.files import write_private
 from kladi.evaluate.measure import Measured, Method, measure, parts_of
 from kladi.evaluate.pretraining import Pretraining
 from kladi.evaluate.protocol import Protocol
-from kladi.evaluate.regimes import Part
-from kladi.evaluate.results import Row
+from kladi.evaluate.readouts.regimes import Part
+from kladi.evaluate.record import account, atlas, figures, results
+from kladi.evaluate.record.account import Subject
+from kladi.evaluate.record.files import write_private
+from kladi.evaluate.record.results import Row
 from kladi.models import backbones, heads
 
 CONTROLS = ("random_encoder", "histogram")

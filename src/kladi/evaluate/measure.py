@@ -11,12 +11,13 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Float32, Int, UInt64
 
-from kladi.evaluate import baselines, regimes
+from kladi.evaluate import baselines
 from kladi.evaluate.answers import PRIMARY, Answers, Task, Value, resampled, values
 from kladi.evaluate.bootstrap import Metric
-from kladi.evaluate.probe import LAMBDAS
-from kladi.evaluate.regimes import Answered, Found, Part, ProbeNotes, View
-from kladi.evaluate.results import Row
+from kladi.evaluate.readouts import regimes
+from kladi.evaluate.readouts.probe import LAMBDAS
+from kladi.evaluate.readouts.regimes import Answered, Found, Part, ProbeNotes, View
+from kladi.evaluate.record.results import Row
 from kladi.evaluate.splits import TEST, TRAIN, Splits
 from kladi.losses import geometry as spaces
 

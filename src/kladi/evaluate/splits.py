@@ -20,7 +20,7 @@ from jaxtyping import Bool, Int, UInt64
 from sklearn.model_selection import StratifiedGroupKFold
 
 from kladi.errors import UserError
-from kladi.evaluate.files import write_private
+from kladi.evaluate.record.files import write_private
 from kladi.structure.taxonomy import Taxonomy
 
 TRAIN, VAL, TEST, UNUSED = 0, 1, 2, -1

@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kladi.evaluate.designs import Design, Own, Shared
-from kladi.evaluate.logistic import MEMORY, Batch
+from kladi.evaluate.readouts.designs import Design, Own, Shared
+from kladi.evaluate.readouts.logistic import MEMORY, Batch
 
 CHUNK_BYTES = 512 * 2**20
 """Problems are solved in chunks whose working arrays stay below this."""

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from kladi.evaluate.designs import Design
+from kladi.evaluate.readouts.designs import Design
 
 MEMORY = 10
 """Pairs of steps and gradient changes that L-BFGS remembers."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kladi.errors import UserError
-from kladi.evaluate.files import write_private
+from kladi.evaluate.record.files import write_private
 
 FORMAT, VERSION = "kladi-results", 1
 SECTIONS = {

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.special import entr
 from torch import Tensor
 
-from kladi.evaluate.metrics_flat import Ids, as_array, undefined
+from kladi.evaluate.metrics.flat import Ids, as_array, undefined
 from kladi.losses import geometry as spaces
 from kladi.structure.taxonomy import Taxonomy
 

@@ -1,7 +1,4 @@
-"""Every metric of kladi: pure functions of NumPy arrays or tensors, float out; undefined is nan, never zero.
-
-Here are the ones that know the tree. `metrics_flat` (right or wrong, ranking, calibration) and `metrics_geometric`
-(distances, neighbours, collapse) are named here too: `from kladi.evaluate import metrics` is all a script needs.
+"""Metrics that know the tree: how far an answer is from the truth, and where on the tree it went wrong.
 
 Notation: A(v) = v and its ancestors without the implicit root; depth = #A(v); d = tree distance in edges; H(a, b) = 0
 if a = b, else the longest way down from their lowest common ancestor to a leaf. The answer "root" (none of all) is -1.
@@ -15,80 +12,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kladi.evaluate.metrics_flat import (
-    Ids,
-    UndefinedMetric,
-    accuracy,
-    as_array,
-    average_precision,
-    balanced_accuracy,
-    brier_score,
-    class_recalls,
-    expected_calibration_error,
-    fit_temperature,
-    macro_f1,
-    macro_roc_auc,
-    maximum_calibration_error,
-    negative_log_likelihood,
-    roc_auc,
-    roc_auc_per_class,
-    undefined,
-)
-from kladi.evaluate.metrics_geometric import (
-    alignment,
-    effective_rank,
-    has_collapsed,
-    level_violation_rates,
-    node_prototypes,
-    parent_violation_rate,
-    per_dimension_std,
-    representation_health,
-    retrieval_ranks,
-    retrieval_recall_at_k,
-    triplet_violation_rate,
-    uniformity,
-    violations,
-)
+from kladi.evaluate.metrics.flat import Ids, as_array, undefined
 from kladi.structure.taxonomy import Taxonomy
-
-__all__ = [
-    "UndefinedMetric",
-    "accuracy",
-    "alignment",
-    "average_precision",
-    "balanced_accuracy",
-    "brier_score",
-    "class_recalls",
-    "effective_rank",
-    "expected_calibration_error",
-    "fit_temperature",
-    "has_collapsed",
-    "hierarchical_distance_at_k",
-    "hierarchical_f1",
-    "hierarchical_precision",
-    "hierarchical_recall",
-    "lca_height",
-    "level_accuracy",
-    "level_violation_rates",
-    "macro_f1",
-    "macro_roc_auc",
-    "maximum_calibration_error",
-    "mistake_severity",
-    "negative_log_likelihood",
-    "node_prototypes",
-    "parent_violation_rate",
-    "per_dimension_std",
-    "representation_health",
-    "retrieval_ranks",
-    "retrieval_recall_at_k",
-    "roc_auc",
-    "roc_auc_per_class",
-    "tree_accuracy",
-    "tree_distance",
-    "triplet_violation_rate",
-    "uniformity",
-    "violations",
-]
 
 Labels = Int[np.ndarray | Tensor, " n"] | Bool[np.ndarray | Tensor, "n N"]
 """One node id a row, or a set of nodes a row as a bool matrix."""

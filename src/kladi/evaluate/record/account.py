@@ -23,7 +23,7 @@ from kladi.evaluate.embed import Embeddings
 from kladi.evaluate.measure import Measured, Method
 from kladi.evaluate.pretraining import Pretraining
 from kladi.evaluate.protocol import Protocol
-from kladi.evaluate.regimes import Part
+from kladi.evaluate.readouts.regimes import Part
 from kladi.evaluate.splits import TEST, TRAIN, VAL
 from kladi.learn import run_folder
 

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float32, Int
 
-from kladi.evaluate import metrics, neighbours
+from kladi.evaluate import metrics
 from kladi.evaluate.answers import Answers, Task, Value, said
 from kladi.evaluate.bootstrap import Metric
-from kladi.evaluate.probe import choose, fit_probes
+from kladi.evaluate.metrics.weighted import mean
+from kladi.evaluate.readouts import neighbours
+from kladi.evaluate.readouts.probe import choose, fit_probes
 from kladi.evaluate.splits import TEST, TRAIN, VAL
-from kladi.evaluate.weighted import mean
 from kladi.losses import geometry as spaces
 
 RECALLS = (1, 5, 10)

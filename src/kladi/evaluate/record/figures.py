@@ -12,7 +12,7 @@ from jaxtyping import Int
 
 from kladi.evaluate import metrics
 from kladi.evaluate.answers import Answers, Task
-from kladi.evaluate.results import Row
+from kladi.evaluate.record.results import Row
 from kladi.structure.taxonomy import Taxonomy
 
 REGIME = "probe"

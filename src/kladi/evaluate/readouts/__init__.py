@@ -1,0 +1,1 @@
+"""How a frozen representation is asked: linear probe, neighbours, prototypes, all folds at once."""
