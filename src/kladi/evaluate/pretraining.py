@@ -6,7 +6,6 @@ is said to be unknown.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from kladi.data.dataset import HELD_OUT, TEST, TRAIN, VAL, Dataset
+from kladi.data.dataset import Dataset
 from kladi.learn import journal, run_folder
 from kladi.losses import geometry as spaces
 from kladi.models import backbones
@@ -86,34 +85,14 @@ def of_run(run: Path, dataset: Dataset) -> Pretraining:
 def seen_rows(run: Path, dataset: Dataset) -> Bool[np.ndarray, " n"] | None:
     """Rows that the run was trained on, and all rows of their patients; None where the run kept no list.
 
-    A run lists every row that it began with, by id and fingerprint, and trained on those of the split TRAIN. Under the
-    same data digest the split is known. Otherwise a listed row counts as seen unless its fingerprint shows that it
-    stood in another split then: better to refuse a clean row than to test on a known one.
+    A run lists every row that it began with by its id, and which of them it trained on: the split of today's manifest
+    does not matter.
     """
     if not (run / "rows.safetensors").is_file():
         return None
     before = run_folder.read_rows(run)
-    listed = np.isin(dataset.row_id, before.row_id)
-    if _data_digest(run) == run_folder.digest(dataset):
-        seen = dataset.split == TRAIN
-    else:
-        kept_out = np.zeros(len(dataset), dtype=bool)
-        for split in (VAL, TEST, HELD_OUT):
-            then = dataclasses.replace(dataset, split=np.full_like(dataset.split, split))
-            kept_out |= _same_fingerprint(dataset, run_folder.Rows.of(then), before)
-        seen = listed & ~kept_out
+    seen = np.isin(dataset.row_id, before.row_id[before.trained])
     return np.isin(dataset.group, dataset.group[seen])
-
-
-def _same_fingerprint(dataset: Dataset, now: run_folder.Rows, before: run_folder.Rows) -> np.ndarray:
-    """Whether each row of the data set has the fingerprint that the run wrote down for it."""
-    place = np.minimum(np.searchsorted(before.row_id, dataset.row_id), max(len(before.row_id) - 1, 0))
-    here = np.searchsorted(now.row_id, dataset.row_id)
-    return (before.row_id[place] == dataset.row_id) & (before.fingerprint[place] == now.fingerprint[here])
-
-
-def _data_digest(run: Path) -> str:
-    return str(backbones.read_description(run)["kladi"].get("data_digest", ""))
 
 
 def _curves(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ import numpy as np
 import safetensors
 import timm
 import torch
-from jaxtyping import UInt64
+from jaxtyping import Bool, UInt64
 
 import kladi
 from kladi import config as settings
@@ -53,10 +53,15 @@ BITS = ("torch", "device", "threads", "kladi", "timm")
 
 @dataclass(frozen=True)
 class Rows:
-    """One entry a row, sorted by id. fingerprint: 64 bits over decoded pixels, split, label and metadata."""
+    """One entry a row, sorted by id.
+
+    fingerprint: 64 bits over decoded pixels, split, label and metadata.
+    trained: whether the row was in the split that is trained on.
+    """
 
     row_id: UInt64[np.ndarray, " n"]
     fingerprint: UInt64[np.ndarray, " n"]
+    trained: Bool[np.ndarray, " n"]
 
     @classmethod
     def of(cls, dataset: Dataset) -> Rows:
@@ -65,7 +70,8 @@ class Rows:
         if dataset.label_sets is not None:
             facts.append(_class_digests(dataset.label_sets)[dataset.label_sets.class_id])
         table = np.stack(facts, axis=1)[order].astype("<u8")
-        return cls(dataset.row_id[order], np.array([_short(row.tobytes()) for row in table], dtype=np.uint64))
+        fingerprint = np.array([_short(row.tobytes()) for row in table], dtype=np.uint64)
+        return cls(dataset.row_id[order], fingerprint, (dataset.split == TRAIN)[order])
 
     def digest(self) -> str:
         return hashlib.sha256(
@@ -122,6 +128,7 @@ def begin(run: Path, config: settings.Config, dataset: Dataset, notes: Mapping[s
     tensors = {
         "row_id": torch.from_numpy(rows.row_id.view(np.int64)),
         "fingerprint": torch.from_numpy(rows.fingerprint.view(np.int64)),
+        "trained": torch.from_numpy(rows.trained),
     }
     weights.write(run / "rows.safetensors", weights.to_bytes(tensors))
     weights.write(run / "environment.json", _json(environment(device)))
@@ -189,8 +196,8 @@ def read_config(run: Path) -> settings.Config:
 
 def read_rows(run: Path) -> Rows:
     """The rows that the run began with."""
-    tensors = {name: tensor.numpy().view(np.uint64) for name, tensor in weights.read(run / "rows.safetensors").items()}
-    return Rows(tensors["row_id"], tensors["fingerprint"])
+    tensors = {name: tensor.numpy() for name, tensor in weights.read(run / "rows.safetensors").items()}
+    return Rows(tensors["row_id"].view(np.uint64), tensors["fingerprint"].view(np.uint64), tensors["trained"])
 
 
 def portable(config: settings.Config) -> settings.Config:
