@@ -38,7 +38,7 @@ def test_the_page_needs_only_results_json(tmp_path):
     assert target.name == "report.html"
     assert stat.S_IMODE(target.stat().st_mode) == 0o600
     assert "0.810" in html  # mean of .80 .81 .82
-    assert "sd 0.010 over 3 values, n 40 to 42, 20 patients" in html
+    assert "sd 0.010, 3 values, n 40 to 42, 20 patients" in html
     assert "map.json is not beside results.json" in html
     assert "leans better" in html
 

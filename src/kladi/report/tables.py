@@ -86,13 +86,26 @@ def regimes(results: Results) -> list[dict[str, Any]]:
             row = [_cell(cells.get((method, regime, metric), [])) for metric in metrics]
             if any(cell["value"] != "" for cell in row):
                 rows.append({"method": method, "control_of": _control_of(results, method), "cells": row})
-        _mark_best(rows, metrics)
-        out.append({"name": REGIMES.get(regime, regime), "metrics": [words(m) for m in metrics], "rows": rows})
+        if regime != "representation":  # there more is not better
+            _mark_best(rows, metrics)
+        title, basis = REGIMES.get(regime, regime), _said_once(rows)
+        out.append({"name": title, "basis": basis, "metrics": [words(m) for m in metrics], "rows": rows})
     return out
 
 
-def comparisons(results: Results) -> list[dict[str, str]]:
-    """Difference to the reference, interval, p values and the verdict word."""
+def _said_once(rows: list[dict[str, Any]]) -> str:
+    """What all values of a table rest on, said once below it where it is the same; else it stays beside each."""
+    cells = [cell for row in rows for cell in row["cells"] if cell["raw"] is not None]
+    found = {cell["basis"] for cell in cells}
+    if len(found) != 1:
+        for cell in cells:
+            cell["note"] = ", ".join(part for part in (cell["note"], cell["basis"]) if part)
+        return ""
+    return found.pop()
+
+
+def comparisons(results: Results) -> list[dict[str, Any]]:
+    """Difference to the reference, interval, p values and the verdict word; those in a Holm family decide."""
     out = []
     for c in results.get("comparisons", []):
         interval = c.get("interval")
@@ -108,6 +121,7 @@ def comparisons(results: Results) -> list[dict[str, str]]:
                 "holm": _p(c.get("holm_p")),
                 "wilcoxon": _p(c.get("wilcoxon_p")) + (f" (least {_p(c['least_p'])})" if c.get("least_p") else ""),
                 "verdict": str(c.get("verdict") or ""),
+                "decides": c.get("holm_p") is not None,
             }
         )
     return out
@@ -206,16 +220,25 @@ def _control_of(results: Results, method: str) -> str:
 
 
 def _ordered(metrics: set[str]) -> list[str]:
-    return sorted(metrics, key=lambda m: (METRIC_ORDER.index(m) if m in METRIC_ORDER else 99, m))
+    """Known ones first; the rest by name, numbers in it by size: recall at 1, 5, 10."""
+
+    def key(metric: str) -> tuple[int, list[tuple[int, str]]]:
+        parts = [(int(part), "") if part.isdigit() else (0, part) for part in metric.split("_")]
+        return METRIC_ORDER.index(metric) if metric in METRIC_ORDER else 99, parts
+
+    return sorted(metrics, key=key)
 
 
 def _cell(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
     value = mean(rows)
     if not rows:
-        return {"value": "", "note": "", "raw": None, "best": False}
+        return {"value": "", "note": "", "basis": "", "raw": None, "best": False}
     if value is None:
-        return {"value": "undefined", "note": str(rows[0].get("reason") or ""), "raw": None, "best": False}
-    return {"value": _number(value), "note": _spread_note(rows), "raw": value, "best": False}
+        reason = str(rows[0].get("reason") or "")
+        return {"value": "undefined", "note": reason, "basis": "", "raw": None, "best": False}
+    sd = spread(rows)
+    note = "" if sd is None else f"sd {sd:.3f}"
+    return {"value": _number(value), "note": note, "basis": _basis(rows), "raw": value, "best": False}
 
 
 def _mark_best(rows: list[dict[str, Any]], metrics: list[str]) -> None:
@@ -230,11 +253,16 @@ def _mark_best(rows: list[dict[str, Any]], metrics: list[str]) -> None:
 
 
 def _spread_note(rows: list[Mapping[str, Any]]) -> str:
+    sd = spread(rows)
+    return ", ".join([*([] if sd is None else [f"sd {sd:.3f}"]), _basis(rows)])
+
+
+def _basis(rows: list[Mapping[str, Any]]) -> str:
+    """`10 values, n 228 to 231, 190 to 204 patients`: what a mean rests on."""
     known = [row for row in rows if row.get("value") is not None]
-    sd = spread(known)
     items = sorted({row["n"] for row in known if row.get("n") is not None})
     patients = sorted({row["n_patients"] for row in known if row.get("n_patients") is not None})
-    parts = [f"sd {sd:.3f} over {len(known)} values" if sd is not None else "one value"]
+    parts = [f"{len(known)} values" if len(known) > 1 else "one value"]
     if items:
         parts.append(f"n {_range(items)}")
     if patients:
