@@ -38,7 +38,8 @@ def check(data: Path, config: settings.Config, out: Path | None) -> int:
     verdict = "not ready" if errors else "ready"
     _line(f"{verdict}:", f"{_count(errors, 'error')}, {_count(warnings, 'warning')}", width=0)
     if not errors:
-        _line("next", f"kladi plan {data}" + (f" --taxonomy {config.data.taxonomy}" if config.data.taxonomy else ""))
+        taxonomy = f" --taxonomy {config.data.taxonomy}" if config.data.taxonomy else ""
+        _line("next", f"kladi plan {data}{taxonomy} --out plan.toml")
     return 1 if errors else 0
 
 
@@ -47,6 +48,7 @@ def plan(data: Path, out: Path, earlier: Path | None, given: Mapping[str, Any], 
     from kladi import plan as planning
     from kladi.data import load
 
+    earlier = earlier or (out if out.is_file() else None)  # what a person wrote is never overwritten
     kept = planning.changed_by_hand(earlier) if earlier else {}
     given = {**kept, **given}
     dataset, inspection = load.load(data, settings.override(settings.Config(), given))
@@ -58,6 +60,7 @@ def plan(data: Path, out: Path, earlier: Path | None, given: Mapping[str, Any], 
     _warnings(inspection.findings)
     proof = None
     if smoke:
+        _message(f"smoke      {planning.SMOKE_STEPS} steps of the planned run")
         dataset, _ = load.load(data, config)
         proof = planning.smoke(dataset, config)
         if "train.epochs" not in given and "train.epochs" not in reasons:
@@ -84,17 +87,21 @@ def plan(data: Path, out: Path, earlier: Path | None, given: Mapping[str, Any], 
 def pretrain(data: Path, config: settings.Config, out: Path, *, resume: bool, force_unlock: bool, dry_run: bool) -> int:
     """Train, or say what training would do."""
     from kladi.data import load, summary
+    from kladi.data.dataset import TRAIN
     from kladi.learn.fit import fit
 
     dataset, inspection = load.load(data, config)
     _head("pretrain", str(out), f"seed {config.train.seed}, no network")
     _warnings(inspection.findings)
     if dry_run:
-        what = f"train {config.encoder.name} on {_count(len(dataset), 'image')} with {config.objective.name}"
+        trained = int((dataset.split == TRAIN).sum())
+        what = f"train {config.encoder.name} on {_count(trained, 'image')} with {config.objective.name}"
         _line("would", f"{what}, and write {out}")
         return 0
     fit(dataset, config, out, resume=resume, force_unlock=force_unlock, notes=summary.notes(inspection))
-    _line("wrote", f"{out}/model.safetensors ({config.encoder.name}, plain timm keys), metrics.jsonl")
+    _line("wrote", f"{out}/model.safetensors, metrics.jsonl")
+    call = f'timm.create_model("{config.encoder.name}", num_classes=0, in_chans={config.intensity.channels}, '
+    _line("in timm", f'{call}checkpoint_path="{out}/model.safetensors")')
     _line("next", f"kladi evaluate {out} {data} --out {out}/eval")
     return 0
 

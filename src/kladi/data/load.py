@@ -104,14 +104,15 @@ def join(inspection: Inspection, config: settings.Config) -> Dataset:
         label_sets = LabelSets.from_columns(cells, synonyms=_synonyms(config.data))
     patients = table["patient"]
     group = patient_groups(patients, pixels.pixel_digest)
+    target = _targets(table["label"], taxonomy)
     return Dataset(
         store=pixels,
         row_id=pixels.row_id,
         manifest_row=table["row"].to_numpy().astype(np.int64),
         group=group,
-        split=_splits(table["split"], group, pixels.row_id, config.data.held_out, config.train.seed),
+        split=_splits(table["split"], group, target, pixels.row_id, config.data.held_out, config.train.seed),
         taxonomy=taxonomy,
-        target=_targets(table["label"], taxonomy),
+        target=target,
         label_sets=label_sets,
         columns=_columns(table, names),
         has_patients=patients.null_count() < len(patients),
@@ -172,9 +173,14 @@ def _targets(labels: pl.Series, taxonomy: Taxonomy | None) -> Int[np.ndarray, " 
 
 
 def _splits(
-    split: pl.Series, group: Int[np.ndarray, " n"], row_id: UInt64[np.ndarray, " n"], held_out_share: float, seed: int
+    split: pl.Series,
+    group: Int[np.ndarray, " n"],
+    target: Int[np.ndarray, " n"],
+    row_id: UInt64[np.ndarray, " n"],
+    held_out_share: float,
+    seed: int,
 ) -> Int[np.ndarray, " n"]:
-    """The manifest's split; where it has none at all, a share of the patients is held out, by counter-based draw.
+    """The manifest's split; where it has none at all, a share of the patients of each label is held out, by lot.
 
     A row without a split in a manifest that has them is a training row.
     """
@@ -186,8 +192,14 @@ def _splits(
     np.minimum.at(least, group, row_id)
     drawn = philox.uniform(seed, "split", least, 0, 0, 0)
     order = np.argsort(drawn, kind="stable")
+    # A patient stands for one of its labels, that of its least row: rare labels keep their share on both sides.
+    label = np.full(len(least), -1, dtype=np.int64)
+    stands = row_id == least[group]
+    label[group[stands]] = target[stands]
     held_out = np.zeros(len(least), dtype=bool)
-    held_out[order[: round(held_out_share * len(least))]] = True
+    for one in np.unique(label):
+        of_label = order[label[order] == one]
+        held_out[of_label[: round(held_out_share * len(of_label))]] = True
     return np.where(held_out[group], HELD_OUT, TRAIN).astype(np.int64)
 
 

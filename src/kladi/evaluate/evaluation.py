@@ -106,7 +106,7 @@ def evaluate(
         parts = parts_of(plan.splits, own.row_id)
     measured = []
     for method in methods:
-        say(f"measure    {method.name}, {method.width} dimensions, {len(parts)} folds")
+        say(f"measure    {method.name}, {method.width} dimensions, {_folds(parts, config)}")
         measured.append(cost.stage("measure", lambda m=method: _measure(m, plan, parts, config, digest)))
     drawn: dict[comparisons.Key, comparisons.Drawn] = {}
     if plan.task is not None and parts:
@@ -253,6 +253,15 @@ def _figures(
             "peak_memory_bytes": account.peak_memory(),
         },
     }
+
+
+def _folds(parts: tuple[Part, ...], config: settings.Config) -> str:
+    """`5 folds x 2 repeats`, and why there are fewer than asked for."""
+    if len(parts) < 2:
+        return "the manifest's split" if parts else "nothing to measure on"
+    folds, repeats = (len({getattr(part, name) for part in parts}) for name in ("fold", "repeat"))
+    fewer = f" ({config.evaluate.folds} asked; the rarest class has {folds} patients)"
+    return f"{folds} folds x {repeats} repeats{fewer if folds < config.evaluate.folds else ''}"
 
 
 def _device(wanted: str) -> str:

@@ -76,7 +76,7 @@ def choose(embeddings: Embeddings, pretraining: Pretraining, config: settings.Co
     scored = scored_classes(target, embeddings.group, task.taxonomy)
     names, few = task.taxonomy.names, f"fewer than {FEWEST_PATIENTS} patients"
     warnings = [f"{names[node]}: {few}, scored at {names[up]}" for node, up in scored.merged.items()]
-    warnings += [f"{names[node]}: {few}, not scored" for node in scored.dropped]
+    warnings += [f"{names[node]}: {few} that pretraining has not seen, not scored" for node in scored.dropped]
     dropped = int(((target >= 0) & (scored.target < 0)).sum())
     if dropped:
         excluded[f"class of {few}"] = dropped

@@ -144,6 +144,7 @@ def scored_classes(
     scored = target.copy()
     merged: dict[int, int] = {}
     dropped: list[int] = []
+    own = {int(node) for node in np.unique(target) if node >= 0}
     # Node ids are topological, so a parent is looked at after all that may be merged into it.
     for node in range(len(taxonomy.names) - 1, -1, -1):
         rows = scored == node
@@ -159,7 +160,9 @@ def scored_classes(
     final = {node: _follow(merged, node) for node in merged}
     gone = {node for node, end in final.items() if end in dropped}
     dropped += sorted(gone)
-    return Classes(scored, {n: end for n, end in final.items() if n not in gone}, tuple(sorted(dropped)))
+    # Nodes without an image of their own were only passed on the way up: nobody misses them.
+    merged = {node: end for node, end in final.items() if node not in gone and node in own}
+    return Classes(scored, merged, tuple(sorted(own.intersection(dropped))))
 
 
 def make_splits(

@@ -124,6 +124,18 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}"
 
 
+def spelt(seconds: float) -> str:
+    """With its units, as no neighbour says what they are.
+
+    >>> spelt(5640), spelt(96), spelt(42)
+    ('1 h 34 min', '1 min 36 s', '42 s')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
 def printable(text: str) -> str:
     """Control characters shown as escapes, so that no name can move the cursor."""
     return "".join(c if c.isprintable() or c == " " else ascii(c)[1:-1] for c in text)

@@ -14,7 +14,7 @@ import numpy as np
 from kladi.data.dataset import TRAIN, Dataset
 from kladi.errors import RunStopped
 from kladi.learn import monitors
-from kladi.learn.console import WIDTH, Lines, Row, body, duration, head, printable
+from kladi.learn.console import WIDTH, Lines, Row, body, head, printable, spelt
 from kladi.learn.objectives import Supervised
 from kladi.learn.training import Training
 
@@ -110,11 +110,12 @@ class Log:
     def done(self, t: Training) -> None:
         """After the last step."""
         seconds = time.monotonic() - self._start
-        spread = t.spread or monitors.Spread(0.0, 0.0)
-        dim = t.config.encoder.projector[1]
-        alarm = "collapsed" if t.low >= monitors.IN_A_ROW else "no alarm"
-        what = "done" if t.last == t.steps else "stopped"
-        self.say(what, f"step {t.step:,}, {duration(seconds)}; effective rank {spread.rank:.0f} of {dim}, {alarm}")
+        state = "too short to look for collapse"
+        if t.spread is not None:
+            alarm = "collapsed" if t.low >= monitors.IN_A_ROW else "no alarm"
+            state = f"effective rank {t.spread.rank:.0f} of {t.config.encoder.projector[1]}, {alarm}"
+        what, why = ("done", "") if t.last == t.steps else ("stopped", " by --train.max_steps")
+        self.say(what, f"step {t.step:,}{why}, {spelt(seconds)}; {state}")
 
     def __enter__(self) -> Log:
         return self

@@ -71,9 +71,13 @@ class Encoder(nn.Module):
 
     def preprocess(self, source: Any) -> Float[Tensor, "C S S"]:
         """One image (a path, or an array of grey levels) as this encoder expects it: the pipeline of its training."""
+        from kladi.data.pixels.frame import Unreadable
         from kladi.data.pixels.images import preprocess
 
-        return preprocess(source, self.intensity)
+        try:
+            return preprocess(source, self.intensity)
+        except Unreadable as error:
+            raise UserError(f"{source if isinstance(source, str | Path) else 'the image'} {error}") from error
 
 
 def _layout(model: nn.Module) -> torch.memory_format:

@@ -106,7 +106,10 @@ def _rate(curves: list[Mapping[str, Any]]) -> Figure | None:
     for trace in traces[1:]:
         trace["yaxis"] = "y2"
     return _figure(
-        traces, "step", "learning rate", yaxis2={"overlaying": "y", "side": "right", "title": {"text": "gradient norm"}}
+        traces,
+        "step",
+        "learning rate",
+        yaxis2={"overlaying": "y", "side": "right", "rangemode": "tozero", "title": {"text": "gradient norm"}},
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -48,8 +48,24 @@ def summary(results: Results) -> list[str]:
     if splits:
         lines.append(f"Split: {splits.get('kind', 'unknown')}, by {splits.get('group') or 'image (no patient ids)'}.")
     if study.get("pretrain"):
-        lines.append(f"Pretraining and evaluation: {study['pretrain']}.")
-    return lines
+        lines.append(f"Patients of the evaluation, seen from pretraining: {study['pretrain']}.")
+    return lines + _verdict(results)
+
+
+def _verdict(results: Results) -> list[str]:
+    """Whether pretraining beat its controls, in the words of the statistics."""
+    decisive = [c for c in results.get("comparisons", []) if c.get("holm_p") is not None]
+    decisive = decisive or [c for c in results.get("comparisons", []) if c.get("metric") == "balanced_accuracy"]
+    if not decisive:
+        return []
+    said = []
+    for c in decisive:
+        interval = c.get("interval")
+        between = f" [{_signed(interval[0])}, {_signed(interval[1])}]" if interval else ""
+        said.append(f"{c.get('reference')} {_signed(c.get('difference'))}{between}, {c.get('verdict')}")
+    better = all(str(c.get("verdict")) in {"better", "leans better"} for c in decisive)
+    lead = "Against its controls" if better else "Not shown to beat its controls, so it has bought nothing yet"
+    return [f"{lead} ({words(str(decisive[0].get('metric')))}, {decisive[0].get('regime')}): {'; '.join(said)}."]
 
 
 def headline(results: Results) -> list[dict[str, str]]:
@@ -80,7 +96,8 @@ def regimes(results: Results) -> list[dict[str, Any]]:
     names = list(dict.fromkeys(key[1] for key in cells))
     out = []
     for regime in sorted(names, key=lambda r: list(REGIMES).index(r) if r in REGIMES else 99):
-        metrics = _ordered({key[2] for key in cells if key[1] == regime})
+        drawn = ("level_accuracy_", "violation_rate_")  # figures of their own show these, depth by depth
+        metrics = _ordered({key[2] for key in cells if key[1] == regime and not key[2].startswith(drawn)})
         rows = []
         for method in _methods(results):
             row = [_cell(cells.get((method, regime, metric), [])) for metric in metrics]
@@ -94,14 +111,15 @@ def regimes(results: Results) -> list[dict[str, Any]]:
 
 
 def _said_once(rows: list[dict[str, Any]]) -> str:
-    """What all values of a table rest on, said once below it where it is the same; else it stays beside each."""
+    """What most values of a table rest on, said once below it; what rests on something else says so itself."""
     cells = [cell for row in rows for cell in row["cells"] if cell["raw"] is not None]
-    found = {cell["basis"] for cell in cells}
-    if len(found) != 1:
-        for cell in cells:
-            cell["note"] = ", ".join(part for part in (cell["note"], cell["basis"]) if part)
+    if not cells:
         return ""
-    return found.pop()
+    most = Counter(cell["basis"] for cell in cells).most_common(1)[0][0]
+    for cell in cells:
+        if cell["basis"] != most:
+            cell["note"] = ", ".join(part for part in (cell["note"], cell["basis"]) if part)
+    return most
 
 
 def comparisons(results: Results) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ problem, coordinate, the last of which is the bias; `masks` int64[P], ascending,
 product(direction, masks) -> [n, K, P]             how the logits change for a unit step
 pullback(residual [n, K, P], masks)                the transpose of that
 precondition(vector, bend, penalty, masks)         (bend x correlation + penalty)^-1; bend [K, P, 1], penalty [P, 1]
+factors(bend [n, K, P], penalty [P], masks)         Cholesky factors [K, P, D + 1, D + 1] of X~^T bend X~ + penalty
 raw(point, masks) -> [K, P, F], [K, P]             weights and intercepts for rows as they were given
 """
 
@@ -33,8 +34,8 @@ class Shared:
         scalers = [scaler(x[torch.from_numpy(mask).to(x.device)]) for mask in train]
         self.mu, self.sd = (torch.stack(parts) for parts in zip(*scalers, strict=True))
         mu, sd = scaler(x)
-        standardised = (x - mu) / sd
-        spectrum, self.axes = torch.linalg.eigh(standardised.T @ standardised / len(x))
+        self.standardised = (x - mu) / sd
+        spectrum, self.axes = torch.linalg.eigh(self.standardised.T @ self.standardised / len(x))
         self.spectrum = spectrum.clamp(min=0)
 
     def product(self, direction: Tensor, masks: Tensor) -> Tensor:
@@ -50,6 +51,9 @@ class Shared:
     def precondition(self, vector: Tensor, bend: Tensor, penalty: Tensor, masks: Tensor) -> Tensor:  # noqa: ARG002
         rotated = (vector[..., :-1] @ self.axes) / (bend * self.spectrum + penalty)
         return torch.cat([rotated @ self.axes.T, vector[..., -1:] / bend], dim=-1)
+
+    def factors(self, bend: Tensor, penalty: Tensor, masks: Tensor) -> Tensor:  # noqa: ARG002 - one basis serves all
+        return torch.stack([_factors(self.standardised, bend[:, :, p], penalty[p]) for p in range(len(penalty))], dim=1)
 
     def raw(self, point: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         scaled = point[..., :-1] / self.sd[masks]
@@ -99,6 +103,10 @@ class Own:
         inner = vector[..., :-1] / (bend * self.spectrum[masks] + penalty)
         return torch.cat([inner, vector[..., -1:] / bend], dim=-1)
 
+    def factors(self, bend: Tensor, penalty: Tensor, masks: Tensor) -> Tensor:
+        found = [_factors(self.x[mask], bend[:, :, p], penalty[p]) for p, mask in enumerate(masks.tolist())]
+        return torch.stack(found, dim=1)
+
     def raw(self, point: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         scaled = torch.cat([point[:, some, :-1] @ self.back[mask] for mask, some in _runs(masks)], dim=1)
         return scaled, point[..., -1] - (scaled * self.mu[masks]).sum(dim=-1)
@@ -116,6 +124,17 @@ def scaler(rows: Tensor) -> tuple[Tensor, Tensor]:
     centre = rows.mean(dim=0)
     spread = (rows - centre).square().mean(dim=0).sqrt()
     return centre, torch.where(spread < 1e-12 * centre.abs().clamp(min=1), math.inf, spread)
+
+
+def _factors(x: Tensor, bend: Tensor, penalty: Tensor) -> Tensor:
+    """Cholesky factors of [x, 1]^T diag(bend_k) [x, 1] + penalty, one a column k of `bend` [n, K]; the bias is free."""
+    rows = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+    blocks = torch.stack([(rows * column[:, None]).T @ rows for column in bend.T])
+    diagonal = blocks.diagonal(dim1=1, dim2=2)
+    diagonal[:, :-1] += penalty
+    # A preconditioner must be definite, even for a class that no row is near to.
+    diagonal += 1e-12 + 1e-9 * diagonal.amax(dim=1, keepdim=True)
+    return torch.linalg.cholesky(blocks)
 
 
 def _runs(masks: Tensor) -> list[tuple[int, slice]]:

@@ -1,29 +1,49 @@
-"""Many penalised logistic regressions over one matrix, solved together: L-BFGS whose every vector has a problem axis.
+"""Many penalised logistic regressions over one matrix, solved together along the path of their penalties.
 
-Each problem keeps its own history, direction and step; a finished one leaves the batch. Two ideas make it fast. The
-step is searched along the logits, which are linear in it, so a trial costs no product with X. And the first guess of
-the inverse Hessian is not a multiple of the identity but (curvature x correlation of the columns + penalty)^-1, which
-is what makes weak penalties on correlated embeddings take tens of steps instead of many hundreds.
+Newton's method, each step solved by preconditioned conjugate gradients whose every vector has a problem axis: a
+product with the Hessian costs two products with X, for all problems at once. Three ideas make it fast. The path starts
+at the strongest penalty and each solution begins the next, carried on in the direction in which the last one moved. A
+Newton step is solved no further than it is worth. And the preconditioner is (curvature x correlation + penalty)^-1,
+or, once a penalty has cost more products than that takes, the exact blocks of the Hessian, one a class.
+
+Source: Nocedal and Wright, Numerical Optimization (2006), chapter 7.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kladi.evaluate.readouts.designs import Design
 
-MEMORY = 10
-"""Pairs of steps and gradient changes that L-BFGS remembers."""
+BLOCK_BYTES = 256 * 2**20
+"""Room for the blocks of the Hessian; where they need more, the first preconditioner stays."""
+MOST_PRODUCTS = 500
+"""Products that one Newton step may cost: beyond, rounding has cost the directions their conjugacy."""
+Precondition = Callable[[Tensor, Tensor], Tensor]
+"""(vector [K, P', D + 1], which problems int64[P']) -> about the inverse Hessian times the vector."""
+
+
+@dataclass
+class Solution:
+    """Raw weights [P, F, C], intercepts [P, C], objective [P], largest gradient entry [P], products [P]."""
+
+    weight: Tensor
+    intercept: Tensor
+    objective: Tensor
+    gradient: Tensor
+    steps: Tensor
 
 
 class Batch:
-    """State of one batch. Shapes: n rows, K logit columns, P problems, D coordinates.
+    """P problems, one a training mask. Shapes: n rows, K logit columns, D coordinates.
 
-    `point`, `gradient` and the history are [K, P, D + 1], the last entry of a row being the bias; `logits` is
-    [n, K, P]: P innermost makes the softmax over K a vectorised one, and [K P, D] the operand of both products.
+    `point` is [K, P, D + 1], the last entry of a row being the bias; `logits` is [n, K, P]: P innermost makes the
+    softmax over K a vectorised one, and [K P, D] the operand of both products.
 
     Args:
         design: the rows, as each problem sees them.
@@ -31,75 +51,148 @@ class Batch:
         code: int64[n], class of each row as 0..C-1.
         weight: [n, P], weights that sum to one over a problem's mask, zero outside.
         seen: bool[P, C], the classes that occur in a problem's mask.
-        penalty: [P].
     """
 
-    def __init__(
-        self, *, design: Design, masks: Tensor, code: Tensor, weight: Tensor, seen: Tensor, penalty: Tensor
-    ) -> None:
-        self.design, self.masks, self.all_masks = design, masks, masks
-        self.code, self.weight, self.penalty = code, weight, penalty
+    def __init__(self, *, design: Design, masks: Tensor, code: Tensor, weight: Tensor, seen: Tensor) -> None:
+        self.design, self.masks, self.code, self.weight = design, masks, code, weight
         self.row = torch.arange(len(code), device=code.device)
-        self.closed = self.all_closed = ~seen.T
+        self.closed = ~seen.T
         # Two classes: one logit, of the second class; that of the first is zero.
         self.columns = seen.shape[1] if seen.shape[1] > 2 else 1
         self.point = weight.new_zeros(self.columns, len(masks), design.width + 1)
         self.logits = weight.new_zeros(design.rows, self.columns, len(masks))
         if self.columns > 1:  # a class that a problem never saw has no column there
             self.logits.masked_fill_(self.closed, -math.inf)
+        self.moved = torch.zeros_like(self.point)
 
-    def solve(self, tolerance: float, max_steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Raw weights [P, F, C], intercepts [P, C], objective, largest gradient entry and steps [P]."""
-        problems = len(self.penalty)
-        point, objective = self.point.clone(), self.penalty.new_zeros(problems)
-        largest, steps = self.penalty.new_zeros(problems), torch.zeros(problems, dtype=torch.int64)
-        active = torch.arange(problems, device=self.penalty.device)
-        value, _, residual = self._evaluate(self.logits, None)
-        gradient, curvature = self._gradient(residual), self._curvature(residual)
-        history: list[tuple[Tensor, Tensor, Tensor]] = []  # step, change of gradient, 1 / (their product) or 0
-        stalled = torch.zeros_like(value, dtype=torch.bool)
-        for step in range(max_steps + 1):
+    def solve(self, penalty: Tensor, tolerance: float, most: int, *, costly: bool) -> Solution:
+        """The optimum for one penalty a problem [P], from where the last call left off.
+
+        Args:
+            penalty: not above that of the last call, or the start is a bad one.
+            tolerance: of the largest gradient entry, and of what is left to gain relative to the objective.
+            most: products with the Hessian that a problem may cost.
+            costly: whether many products are to be expected, so that exact blocks are worth their price.
+        """
+        before, problems = self.point.clone(), len(self.masks)
+        spent = torch.zeros(problems, dtype=torch.int64, device=penalty.device)
+        stalled = torch.zeros(problems, dtype=torch.bool, device=penalty.device)
+        self._carry_on(penalty)
+        precondition: Precondition | None = None
+        while True:
+            value, residual, gradient = self._state(penalty)
             size = gradient.abs().amax(dim=(0, 2))
-            direction = self._direction(gradient, history, curvature)
-            # Half the Newton decrement estimates what is left to gain, which a small gradient alone does not bound
-            # where the penalty is weak.
-            gain = -0.5 * (direction * gradient).sum(dim=(0, 2))
-            done = ((size < tolerance) & (gain <= tolerance * value)) | stalled | (step == max_steps)
-            # Taking problems out copies what stays, so it waits until an eighth has finished; those go on meanwhile.
-            if 8 * int(done.sum()) >= len(done):
-                ids = active[done]
-                point[:, ids], objective[ids], largest[ids] = self.point[:, done], value[done], size[done]
-                steps[ids.cpu()] = step
-                keep = torch.nonzero(~done).squeeze(1)
-                if not len(keep):
-                    break
-                active, value, gradient = active[keep], value[keep], gradient[:, keep]
-                curvature, direction = curvature[:, keep], direction[:, keep]
-                history = [(s[:, keep], u[:, keep], r[keep]) for s, u, r in history]
-                self._keep(keep)
-            value, new_gradient, moved, stalled, residual = self._line_search(direction, value, gradient)
-            change = new_gradient - gradient
-            bend = (moved * change).sum(dim=(0, 2))
-            # Too little curvature is rounding: the pair of that problem is then left out, as if never seen.
-            fit = bend > 1e-16 * (moved.square().sum(dim=(0, 2)) * change.square().sum(dim=(0, 2))).sqrt()
-            rho = torch.where(fit, 1 / torch.where(fit, bend, 1.0), 0.0)
-            history = [*history[-(MEMORY - 1) :], (moved, change, rho)]
-            gradient = new_gradient
-            if step & (step - 1) == 0:  # it changes slowly: looked at after steps 0, 1, 2, 4, 8, ...
-                curvature = self._curvature(residual)
-        return (*self._raw(point), objective, largest, steps.to(self.penalty.device))
+            if precondition is None:
+                precondition = self._preconditioner(residual, penalty, blocks=costly)
+            # A small gradient alone does not bound what is left to gain where the penalty is weak.
+            rest = precondition(gradient, torch.arange(problems, device=penalty.device))
+            gain = 0.5 * (rest * gradient).sum(dim=(0, 2))
+            open_ = ~(((size < tolerance) & (gain <= tolerance * value)) | stalled | (spent >= most))
+            part = torch.nonzero(open_).squeeze(1)
+            if not len(part):
+                break
+            direction, products = self._newton_step(part, gradient, size, penalty, tolerance, precondition, most, spent)
+            spent[part] += products
+            stalled[part] = ~self._move(part, direction, gradient, value, penalty)
+        self.moved = self.point - before
+        return Solution(*self._raw(), value, size, spent)
 
-    def _keep(self, index: Tensor) -> None:
-        """Take finished problems out of the batch."""
-        self.point, self.logits = self.point[:, index], self.logits[:, :, index]
-        self.weight, self.closed = self.weight[:, index], self.closed[:, index]
-        self.masks, self.penalty = self.masks[index], self.penalty[index]
+    def _carry_on(self, penalty: Tensor) -> None:
+        """Begin where the path leads, for each problem in which that is lower than where it stands."""
+        along = self.design.product(self.moved, self.masks)
+        here = self._value(self.logits, self.point, penalty)
+        there = self._value(self.logits + 0.9 * along, self.point + 0.9 * self.moved, penalty)
+        share = torch.where(there < here, 0.9, 0.0)
+        self.point = self.point + share[:, None] * self.moved
+        self.logits.addcmul_(along, share)
 
-    def _gradient(self, residual: Tensor) -> Tensor:
-        """dJ, [K, P, D + 1]: the data term's, plus the penalty's; the bias is free."""
+    def _state(self, penalty: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """J [P], dJ/dlogits [n, K, P] and dJ [K, P, D + 1]; the bias is free of the penalty."""
+        loss, residual = self._evaluate(self.logits, slice(None))
         gradient = self.design.pullback(residual, self.masks)
-        gradient[..., :-1] += self.penalty[:, None] * self.point[..., :-1]
-        return gradient
+        gradient[..., :-1] += penalty[:, None] * self.point[..., :-1]
+        return loss + self._ridge(self.point, penalty), residual, gradient
+
+    def _newton_step(
+        self,
+        part: Tensor,
+        gradient: Tensor,
+        size: Tensor,
+        penalty: Tensor,
+        tolerance: float,
+        precondition: Precondition,
+        most: int,
+        spent: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Conjugate gradients on H d = -g for the problems in `part`: d [K, P', D + 1] and the products each took."""
+        masks, ridge = self.masks[part], penalty[part][:, None]
+        share, outside = self._probability(part), (self.weight[:, part] == 0)[:, None]
+        weighted = (share if self.columns > 1 else share * (1 - share)) * self.weight[:, part][:, None]
+        some_outside = bool(outside.any())
+        rest = -gradient[:, part]
+        step, first = torch.zeros_like(rest), _norm(rest)
+        # Far from the optimum a rough step does as well; near it, the step is to end below the tolerance.
+        enough = torch.maximum(0.3 * first.sqrt().clamp(max=0.3), 0.3 * tolerance / size[part]).clamp(max=0.3) * first
+        z = precondition(rest, part)
+        along, product = z, (rest * z).sum(dim=(0, 2))
+        products = torch.zeros_like(part)
+        running = torch.ones_like(part, dtype=torch.bool)
+        for _ in range(MOST_PRODUCTS):
+            change = self.design.product(along, masks)
+            bent = weighted * change
+            if self.columns > 1:
+                bent.addcmul_(weighted, (share * change).sum(dim=1, keepdim=True), value=-1)
+            if some_outside:  # rows whose change may be infinite, times zero
+                bent.masked_fill_(outside, 0.0)
+            curved = self.design.pullback(bent, masks)
+            curved[..., :-1] += ridge * along[..., :-1]
+            length = product / (along * curved).sum(dim=(0, 2)).clamp(min=1e-300)
+            length = torch.where(running, length, 0.0)[:, None]
+            step.addcmul_(along, length)
+            rest = rest.addcmul(curved, length, value=-1)
+            products += running
+            running &= (_norm(rest) > enough) & (spent[part] + products < most)
+            if not running.any():
+                break
+            z = precondition(rest, part)
+            new = (rest * z).sum(dim=(0, 2))
+            along = z.addcmul(along, (new / product.clamp(min=1e-300))[:, None])
+            product = new
+        return step, products
+
+    def _move(self, part: Tensor, step: Tensor, gradient: Tensor, value: Tensor, penalty: Tensor) -> Tensor:
+        """Go along the step, halved until J falls enough; whether it did, bool[P'].
+
+        The logits are linear in the step, so a trial costs no product with X.
+        """
+        along = self.design.product(step, self.masks[part])
+        slope = (step * gradient[:, part]).sum(dim=(0, 2))
+        length = torch.ones_like(slope)
+        noise = 1e-14 * value[part].abs()
+        for _ in range(40):
+            logits = torch.addcmul(self.logits[:, :, part], along, length)
+            point = self.point[:, part] + length[:, None] * step
+            loss, _ = self._evaluate(logits, part)
+            falls = loss + self._ridge(point, penalty[part]) <= value[part] + 1e-4 * length * slope + noise
+            if falls.all():
+                break
+            length = torch.where(falls, length, length / 2)
+        length = torch.where(falls, length, 0.0)
+        self.point[:, part] += length[:, None] * step
+        self.logits[:, :, part] = torch.addcmul(self.logits[:, :, part], along, length)
+        return falls
+
+    def _preconditioner(self, residual: Tensor, penalty: Tensor, *, blocks: bool) -> Precondition:
+        """About the inverse Hessian at this point."""
+        bytes_needed = 8 * self.columns * len(self.masks) * (self.design.width + 1) ** 2
+        if blocks and bytes_needed <= BLOCK_BYTES:
+            share = self._probability(torch.arange(len(self.masks), device=penalty.device))
+            factors = self.design.factors((share * (1 - share)).mul_(self.weight[:, None]), penalty, self.masks)
+            return lambda vector, part: torch.cholesky_solve(vector[..., None], factors[:, part])[..., 0]
+        bend = self._curvature(residual).clamp(min=1e-12)[..., None]
+        return lambda vector, part: self.design.precondition(
+            vector, bend[:, part], penalty[part][:, None], self.masks[part]
+        )
 
     def _curvature(self, residual: Tensor) -> Tensor:
         """Mean of p (1 - p) over the mask for each logit column, float64[K, P]: how bent the data term is there."""
@@ -107,29 +200,24 @@ class Batch:
         rest = 1 - size / torch.where(self.weight > 0, self.weight, 1.0)[:, None]
         return (size * rest).sum(dim=0)
 
-    def _direction(self, gradient: Tensor, history: list[tuple[Tensor, Tensor, Tensor]], curvature: Tensor) -> Tensor:
-        """L-BFGS two-loop recursion of every problem, from the preconditioner as the first guess of the inverse."""
-        q = gradient.clone()
-        alphas: list[Tensor] = []
-        for s, u, rho in reversed(history):
-            alpha = rho * (s * q).sum(dim=(0, 2))
-            q.addcmul_(u, alpha[:, None], value=-1)
-            alphas.append(alpha)
-        bend = curvature.clamp(min=1e-12)[..., None]
-        q = self.design.precondition(q, bend, self.penalty[:, None], self.masks)
-        for (s, u, rho), alpha in zip(history, reversed(alphas), strict=True):
-            beta = rho * (u * q).sum(dim=(0, 2))
-            q.addcmul_(s, (alpha - beta)[:, None])
-        return q.neg_()
+    def _probability(self, part: Tensor) -> Tensor:
+        """Of each logit column, [n, K, P']."""
+        logits = self.logits[:, :, part]
+        return torch.sigmoid(logits) if self.columns == 1 else torch.softmax(logits, dim=1)
 
-    def _evaluate(
-        self, logits: Tensor, direction: Tensor | None, chosen: Tensor | slice = slice(None)
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Data term of J, its slope along `direction` (logits' change) and the residual dJ/dlogits, [n, K, P].
+    def _value(self, logits: Tensor, point: Tensor, penalty: Tensor) -> Tensor:
+        loss, _ = self._evaluate(logits, slice(None))
+        return loss + self._ridge(point, penalty)
+
+    def _ridge(self, point: Tensor, penalty: Tensor) -> Tensor:
+        return 0.5 * penalty * point[..., :-1].square().sum(dim=(0, 2))
+
+    def _evaluate(self, logits: Tensor, part: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Data term of J and the residual dJ/dlogits, [n, K, P'].
 
         Rows outside a problem's mask are cut out by a condition, not by a product: their logits may be infinite.
         """
-        weight = self.weight[:, chosen]
+        weight = self.weight[:, part]
         if self.columns == 1:  # logits of the second class; that of the first is zero
             sign = torch.where(self.code == 1, 1.0, -1.0).to(logits.dtype)[:, None]
             margin = logits[:, 0] * sign
@@ -142,85 +230,19 @@ class Batch:
             residual[self.row, self.code] -= 1
             residual *= weight[:, None]
         residual.masked_fill_((weight == 0)[:, None], 0.0)
-        value = torch.where(weight > 0, weight * loss, 0.0).sum(dim=0)
-        if direction is None:
-            return value, torch.zeros_like(value), residual
-        slope = (residual * direction).sum(dim=(0, 1))
-        if not torch.isfinite(slope).all():  # zero times the infinite logit of a row outside the mask
-            slope = torch.where((weight > 0)[:, None], residual * direction, 0.0).sum(dim=(0, 1))
-        return value, slope, residual
+        return torch.where(weight > 0, weight * loss, 0.0).sum(dim=0), residual
 
-    def _line_search(
-        self, direction: Tensor, value: Tensor, gradient: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Move along `direction`, each problem by its own step.
-
-        Returns the new value and gradient, the step taken, where none was found, and the residual.
-
-        J is convex along the line, so its slope rises, and a step with a small slope is found by closing a bracket
-        with secants: Wolfe's conditions with a slope of at most half the first one.
-        """
-        along = self.design.product(direction, self.masks)
-        slope0 = (direction * gradient).sum(dim=(0, 2))
-        v, dv = self.point[..., :-1], direction[..., :-1]
-        linear = self.penalty * (v * dv).sum(dim=(0, 2))
-        quadratic = self.penalty * dv.square().sum(dim=(0, 2))
-        ridge = 0.5 * self.penalty * v.square().sum(dim=(0, 2))
-        t = torch.ones_like(value)
-        low, high = torch.zeros_like(t), torch.full_like(t, math.inf)
-        slope_low, slope_high = slope0.clone(), torch.zeros_like(t)
-        new_value = value.clone()
-        residual = torch.empty_like(self.logits)
-        pending = torch.arange(len(t), device=t.device)
-        for _ in range(40):
-            everyone = len(pending) == len(t)
-            step = t[pending]
-            part: Tensor | slice = slice(None) if everyone else pending
-            trial = torch.addcmul(self.logits[:, :, part], along[:, :, part], step)
-            data, slope, rest = self._evaluate(trial, along[:, :, part], part)
-            f = data + ridge[pending] + step * linear[pending] + 0.5 * step**2 * quadratic[pending]
-            slope = slope + linear[pending] + step * quadratic[pending]
-            if everyone:
-                residual = rest
-            else:
-                residual[:, :, pending] = rest
-            new_value[pending] = f
-            start = slope0[pending]
-            noise = 1e-14 * value[pending].abs()
-            falls = f <= value[pending] + 1e-4 * step * start + noise
-            good = falls & (slope.abs() <= 0.5 * start.abs() + 1e-300)
-            beyond = ~falls | (slope > 0)
-            high[pending] = torch.where(beyond, step, high[pending])
-            slope_high[pending] = torch.where(beyond, slope, slope_high[pending])
-            low[pending] = torch.where(beyond, low[pending], step)
-            slope_low[pending] = torch.where(beyond, slope_low[pending], slope)
-            pending = pending[~good]
-            if not len(pending):
-                break
-            t[pending] = _next_step(low[pending], high[pending], slope_low[pending], slope_high[pending])
-        moved = direction * t[:, None]
-        self.point = self.point + moved
-        self.logits.addcmul_(along, t)
-        stalled = torch.zeros_like(t, dtype=torch.bool)
-        stalled[pending] = True
-        return new_value, self._gradient(residual), moved, stalled, residual
-
-    def _raw(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and intercepts for raw rows, [P, F, C] and [P, C], of all problems of the batch."""
-        weight, intercept = self.design.raw(point, self.all_masks)
+    def _raw(self) -> tuple[Tensor, Tensor]:
+        """Weights and intercepts for raw rows, [P, F, C] and [P, C]."""
+        weight, intercept = self.design.raw(self.point, self.masks)
         if self.columns == 1:
             weight = torch.cat([torch.zeros_like(weight), weight])
             intercept = torch.cat([torch.zeros_like(intercept), intercept])
         else:
-            intercept = intercept.masked_fill(self.all_closed, -math.inf)
+            intercept = intercept.masked_fill(self.closed, -math.inf)
         return weight.permute(1, 2, 0).contiguous(), intercept.T.contiguous()
 
 
-def _next_step(low: Tensor, high: Tensor, slope_low: Tensor, slope_high: Tensor) -> Tensor:
-    """The secant's zero of the slope, kept inside the bracket; twice to ten times as far while there is no bracket."""
-    open_ended = torch.isinf(high)
-    width = torch.where(open_ended, 0.0, high - low)
-    rise = torch.where(open_ended, 1.0, slope_high - slope_low)
-    secant = low - slope_low * width / torch.where(rise > 0, rise, math.inf)
-    inside = torch.minimum(torch.maximum(secant, low + 0.1 * width), low + 0.9 * width)
-    return torch.where(open_ended, 4 * low, inside)
+def _norm(vector: Tensor) -> Tensor:
+    """Of each problem, [P]."""
+    return vector.square().sum(dim=(0, 2)).sqrt()

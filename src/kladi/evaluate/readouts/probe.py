@@ -1,4 +1,4 @@
-"""Linear probes: every fold, repeat and penalty solved at once, by one L-BFGS over one copy of the embeddings.
+"""Linear probes: all folds and repeats solved at once, penalty after penalty, over one copy of the embeddings.
 
 A problem p is a training mask and a penalty. With x~ = (x - mu_p) / sd_p, fitted on the mask's rows alone,
 
@@ -11,6 +11,7 @@ instead, which moves no optimum and leaves far fewer coordinates.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kladi.evaluate.readouts.designs import Design, Own, Shared
-from kladi.evaluate.readouts.logistic import MEMORY, Batch
+from kladi.evaluate.readouts.logistic import Batch, Solution
 
 CHUNK_BYTES = 512 * 2**20
 """Problems are solved in chunks whose working arrays stay below this."""
@@ -37,7 +38,7 @@ class Probes:
         its problem has intercept -inf, so that it is never predicted.
     objective: float64[P], J at the solution.
     gradient: float64[P], largest absolute entry of the gradient there.
-    steps: int64[P], L-BFGS steps taken.
+    steps: int64[P], products with the Hessian that it took, two products with X each.
     converged: bool[P].
     """
 
@@ -91,8 +92,6 @@ def fit_probes(
     constant over a mask gets weight 0. Exactly two classes in a mask: one logit column, as scikit-learn has it (two
     columns with penalty 2 lambda have the same optimum, which is how a problem of a multi-class batch is solved).
 
-    Source: Liu and Nocedal, On the limited memory BFGS method (1989).
-
     Raises:
         ValueError: a training mask with fewer than two classes, names the mask; a value that is not finite; a penalty
             that is not positive.
@@ -105,24 +104,20 @@ def fit_probes(
     tensors = [torch.from_numpy(matrix[used].astype(np.float64)).to(device) for matrix in matrices]
     classes, code = np.unique(y, return_inverse=True)
     weight, seen = _weights(code, train, len(classes), balanced, row_weight)
-    # One problem a mask and penalty; all penalties of a mask stand together.
-    mask_of = np.repeat(np.arange(len(train)), len(lambdas))
-    penalty = np.tile(np.array(lambdas), len(train))
+    penalty = np.tile(np.array(lambdas)[:, None], len(train))  # [L, M]
     if len(classes) > 2:
-        penalty = np.where(seen.sum(axis=1)[mask_of] == 2, 2 * penalty, penalty)
-    solved = []
-    for design, first, some in _designs(tensors, train, mask_of, len(classes)):
-        masks = mask_of[some]
+        penalty = np.where(seen.sum(axis=1) == 2, 2 * penalty, penalty)
+    chunks = []
+    for design, first, masks in _designs(tensors, train, len(classes)):
         batch = Batch(
             design=design,
             masks=torch.from_numpy(masks - first).to(device),
             code=torch.from_numpy(code).to(device),
             weight=torch.from_numpy(weight[:, masks]).to(device),
             seen=torch.from_numpy(seen[masks]).to(device),
-            penalty=torch.from_numpy(penalty[some]).to(device),
         )
-        solved.append(batch.solve(tolerance, max_steps))
-    raw, intercept, objective, gradient, steps = (torch.cat(parts).cpu().numpy() for parts in zip(*solved, strict=True))
+        chunks.append(_path(batch, torch.from_numpy(penalty[:, masks]).to(device), tolerance, max_steps))
+    raw, intercept, objective, gradient, steps = (torch.cat(parts).cpu().numpy() for parts in zip(*chunks, strict=True))
     return Probes(
         classes=classes,
         lambdas=np.array(lambdas, dtype=np.float64),
@@ -132,6 +127,21 @@ def fit_probes(
         gradient=gradient,
         steps=steps,
         converged=gradient < tolerance,
+    )
+
+
+def _path(batch: Batch, penalty: Tensor, tolerance: float, most: int) -> tuple[Tensor, ...]:
+    """Solve from the strongest penalty to the weakest [L, P]; every result [P L, ...], a mask's penalties together."""
+    order = torch.argsort(-penalty[:, 0], stable=True).tolist()
+    solved: dict[int, Solution] = {}
+    costly = False
+    for which in order:
+        solved[which] = batch.solve(penalty[which], tolerance, most, costly=costly)
+        # Blocks cost about as much as half as many products as there are coordinates.
+        costly = costly or bool(2 * solved[which].steps.float().mean() > batch.design.width)
+    return tuple(
+        torch.stack([getattr(solved[k], field.name) for k in range(len(penalty))], dim=1).flatten(0, 1)
+        for field in dataclasses.fields(Solution)
     )
 
 
@@ -161,31 +171,25 @@ def _refuse(
             raise ValueError(f"training mask {m} holds fewer than two classes, so there is nothing to learn")
 
 
-def _designs(
-    x: list[Tensor], train: np.ndarray, mask_of: np.ndarray, classes: int
-) -> Iterator[tuple[Design, int, np.ndarray]]:
-    """Chunks of problems that fit into memory: their design, its first mask, and the problems' numbers.
+def _designs(x: list[Tensor], train: np.ndarray, classes: int) -> Iterator[tuple[Design, int, np.ndarray]]:
+    """Chunks of masks that fit into memory: their design, its first mask, and the masks' numbers.
 
     One matrix is shared by all masks, unless it has more than twice as many columns as a mask has rows.
     """
     n, width = x[0].shape
     columns = classes if classes > 2 else 1
-    fewest = int(train.sum(axis=1).max())
-    shared = Shared(x[0], train) if len(x) == 1 and width <= 2 * fewest else None
-    inner = width if shared is not None else min(width, fewest)
-    bytes_each = 8 * columns * (5 * n + (2 * MEMORY + 6) * inner)
-    size = max(1, CHUNK_BYTES // bytes_each)
-    if shared is not None:
-        for start in range(0, len(mask_of), size):
-            yield shared, 0, np.arange(start, min(start + size, len(mask_of)))
-        return
-    # Whole masks at a time, as each brings a matrix of its own.
-    each = len(mask_of) // len(train)
-    masks = max(1, min(size // each, CHUNK_BYTES // (8 * n * inner)))
-    for start in range(0, len(train), masks):
-        some = range(start, min(start + masks, len(train)))
-        own = Own([x[m % len(x)] for m in some], train[some.start : some.stop])
-        yield own, start, np.flatnonzero((mask_of >= some.start) & (mask_of < some.stop))
+    most = int(train.sum(axis=1).max())
+    shared = Shared(x[0], train) if len(x) == 1 and width <= 2 * most else None
+    inner = width if shared is not None else min(width, most)
+    size = max(1, CHUNK_BYTES // (8 * columns * (8 * n + 10 * inner)))
+    if shared is None:  # each mask brings a matrix of its own
+        size = max(1, min(size, CHUNK_BYTES // (8 * n * inner)))
+    for start in range(0, len(train), size):
+        some = np.arange(start, min(start + size, len(train)))
+        if shared is not None:
+            yield shared, 0, some
+        else:
+            yield Own([x[m % len(x)] for m in some], train[some]), start, some
 
 
 def _weights(

@@ -161,13 +161,11 @@ def provenance(started: datetime, device: str) -> dict[str, Any]:
     environment = run_folder.environment(torch.device(device))
     return {
         "kladi": __version__,
-        "git": None,
         "python": environment["python"],
         "platform": environment["platform"],
         "device": environment["device"],
         "threads": environment["threads"],
         "precision": "float32 embeddings, float64 measurements",
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "started": started.isoformat(timespec="seconds"),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
