@@ -156,3 +156,30 @@ def test_hostile_names_are_inert(browser, tmp_path, hostile):
     assert hostile in tab.locator("h1").inner_text()  # shown as it is written, not hidden
     assert "49" not in tab.locator("h1").inner_text()
     tab.close()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"study": None},
+        {"rows": [1]},
+        {"rows": [{"method": "a", "regime": "probe"}]},
+        {"rows": [{"method": "a", "regime": "probe", "metric": "auc", "value": "x"}]},
+        {"methods": [{}]},
+        {"comparisons": 1},
+        {"study": {"name": "\ud800"}},
+    ],
+    ids=str,
+)
+def test_results_of_a_wrong_shape_are_refused_in_one_line(tmp_path, damage):
+    (tmp_path / "results.json").write_text(json.dumps({"format": "kladi-results", "version": 1, **damage}))
+    with pytest.raises(UserError, match="damaged") as refused:
+        page.write(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"format": "kladi-results", "version": 1, "x": ' + "9" * 5000 + "}"])
+def test_results_that_no_reader_survives_are_refused(tmp_path, text):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(UserError, match="damaged"):
+        page.write(tmp_path)

@@ -137,8 +137,9 @@ def test_a_run_that_never_began_begins(data, whole, tmp_path):
     require_equal(train(data, tmp_path / "run", resume=True), whole)
 
 
-def test_a_run_without_a_checkpoint_begins_again(data, whole, half):
+def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again(data, whole, half):
     shutil.rmtree(half / "checkpoints")
+    (half / "model.safetensors").unlink()
     require_equal(train(data, half, resume=True), whole)
 
 
@@ -453,3 +454,18 @@ def test_the_lock_of_another_machine_is_taken_over_only_by_force(data, half, who
     with pytest.raises(UserError, match="--force-unlock"):
         train(data, half, resume=True)
     require_equal(train(data, half, resume=True, force_unlock=True), whole)
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_begun_anew(data, half):
+    shutil.rmtree(half / "checkpoints")
+    before = (half / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="holds no checkpoint any more"):
+        train(data, half, resume=True)
+    assert (half / "model.safetensors").read_bytes() == before
+
+
+def test_a_folder_that_is_no_run_is_not_resumed_into(data, tmp_path):
+    (tmp_path / "thesis.doc").write_text("x")
+    with pytest.raises(UserError, match=r"holds thesis\.doc"):
+        train(data, tmp_path, resume=True)
+    assert not (tmp_path / "config.toml").exists()

@@ -205,7 +205,9 @@ def _called(tokens: list[str]) -> int:
 
 
 def _said(message: str, code: int) -> int:
-    lines = message.splitlines() or [""]
+    from kladi.data.findings import visible
+
+    lines = [visible(line) for line in message.splitlines()] or [""]  # whatever a name or a file brought with it
     print("kladi: " + "\n       ".join(lines), file=sys.stderr)
     return code
 

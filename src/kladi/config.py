@@ -210,7 +210,7 @@ def read(path: Path) -> Config:
         tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a TOML file ({error})") from error
     return override(Config(), _flatten(tables), where=str(path))
 
@@ -302,6 +302,8 @@ def _replaced(config: Config, key: str, value: Any, where: str) -> Config:
 def _check_range(key: str, value: Any, prefix: str) -> None:
     least, most = RANGES.get(key, (-math.inf, math.inf))
     for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, float) and not math.isfinite(number):
+            raise UserError(f"{prefix}{key} {number:g}: takes a finite number")
         if isinstance(number, int | float) and not least <= number <= most:
             raise UserError(f"{prefix}{key} {number:g}: takes {least:g} to {most:g}")
 

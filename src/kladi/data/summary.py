@@ -14,7 +14,7 @@ import numpy as np
 
 from kladi import config as settings
 from kladi.data.dataset import HELD_OUT, TEST, TRAIN, VAL, Dataset
-from kladi.data.findings import Finding, line
+from kladi.data.findings import Finding, line, visible
 from kladi.data.load import Inspection, join
 
 Lines = Iterator[tuple[str, str]]
@@ -108,9 +108,10 @@ def _labels(dataset: Dataset) -> str:
     rare = int(nodes[np.argmin(counts)])
     patients = len(np.unique(dataset.group[dataset.target == rare]))
     depth = f"depth {depths.min()}-{depths.max()}" if depths.min() != depths.max() else f"depth {depths.max()}"
+    images = f"{counts.min()} image{'s' if counts.min() > 1 else ''} of {patients} patients"
     return (
         f"{labelled.sum():,} images ({labelled.mean():.0%}) on {len(nodes)} labels, {depth}; "
-        f"rarest {tree.names[rare]}, {counts.min()} image{'s' if counts.min() > 1 else ''} of {patients} patients"
+        f"rarest {visible(tree.names[rare])}, {images}"
     )
 
 

@@ -88,6 +88,8 @@ def fit(
                 if match is not None:
                     log.say("weights", str(match))
                 if found is None:
+                    if resume and run_folder.begun(run):
+                        log.say("notice", "stopped before its first checkpoint; starting at step 0")
                     run_folder.begin(run, config, dataset, notes or {}, fabric.device)
                     checkpoint.check_space(run, training.snapshot(t))
                 else:
@@ -238,9 +240,13 @@ def _found(t: Training, run: Path) -> checkpoint.Found | None:
     if not run_folder.begun(run):
         if (run / "checkpoints").is_dir():
             raise UserError(f"--resume: {run} has checkpoints but no config.toml; it is no run of kladi's")
+        run_folder.require_nothing_foreign(run)
         return None
     run_folder.require_same(run, t.config, t.dataset)
-    return checkpoint.newest(run)
+    found = checkpoint.newest(run)
+    if found is None and (run / "model.safetensors").is_file():
+        raise UserError(f"--resume: {run} is finished, but holds no checkpoint any more; another --out starts anew")
+    return found
 
 
 def _go_on(t: Training, run: Path, found: checkpoint.Found, log: Log) -> None:

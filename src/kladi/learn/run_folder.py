@@ -117,6 +117,30 @@ def require_empty(run: Path) -> None:
         raise UserError(f"{run} is not empty (it holds {names[0]}); {what + ' ' if what else ''}give another --out")
 
 
+BEFORE_BEGIN = {
+    "lock",
+    "log.txt",
+    "taxonomy.json",
+    "synonyms.toml",
+    "rows.safetensors",
+    "environment.json",
+    "data.json",
+}
+"""What a run may hold that was killed before its `config.toml` was written."""
+
+
+def require_nothing_foreign(run: Path) -> None:
+    """A run that never began is taken up only where the folder holds nothing but its own first files.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    names = sorted(path.name for path in run.iterdir())
+    foreign = [n for n in names if n not in BEFORE_BEGIN and not n.startswith((".tmp-", "tensorboard"))]
+    if foreign:
+        raise UserError(f"--resume: {run} is no run of kladi's (it holds {foreign[0]}); give another --out")
+
+
 def begin(run: Path, config: settings.Config, dataset: Dataset, notes: Mapping[str, Any], device: torch.device) -> None:
     """Write everything that is known before the first step; `config.toml` last, as the sign that all is there."""
     if dataset.taxonomy is not None:

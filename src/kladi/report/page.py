@@ -41,7 +41,7 @@ def write(source: Path, out: Path | None = None) -> Path:
     file = source / "results.json" if source.is_dir() else source
     results = read(file)
     beside = file.parent
-    page = render(results, _beside(beside / "map.json"), _beside(beside / "thumbnails.json"))
+    page = render(results, _beside(beside / "map.json", dict), _beside(beside / "thumbnails.json", list))
     target = out or beside / "report.html"
     _write_private(target, page)
     return target
@@ -53,13 +53,40 @@ def read(file: Path) -> Results:
         results = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{file}: no results to report on ({error.strerror}); kladi evaluate writes them") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: damaged, or no results file ({error})") from error
     if not isinstance(results, dict) or results.get("format") != FORMAT:
         raise UserError(f'{file}: no results file of kladi (it lacks "format": "{FORMAT}")')
     if results.get("version") != VERSION:
-        raise UserError(f"{file}: format version {results.get('version')}; this kladi reads version {VERSION}")
+        version = " ".join(str(results.get("version")).split())[:40]
+        raise UserError(f"{file}: format version {version}; this kladi reads version {VERSION}")
+    wrong = _wrong_shape(results)
+    if wrong:
+        raise UserError(f"{file}: damaged ({wrong})")
     return results
+
+
+def _wrong_shape(results: Results) -> str:
+    """The first key that does not hold what `kladi evaluate` writes there; empty where all do."""
+    for key in ("study", "data", "splits", "provenance", "figures"):
+        if not isinstance(results.get(key, {}), dict):
+            return f'"{key}" is no table'
+    for key in ("methods", "comparisons", "rows", "monitors"):
+        entries = results.get(key, [])
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            return f'"{key}" is no list of tables'
+    for number, row in enumerate(results.get("rows", [])):
+        if not all(isinstance(row.get(key), str) for key in ("method", "regime", "metric")):
+            return f"entry {number} of rows lacks method, regime or metric"
+        if not isinstance(row.get("value"), int | float | None):
+            return f"entry {number} of rows has a value that is no number"
+    if not all(isinstance(method.get("method"), str) for method in results.get("methods", [])):
+        return "an entry of methods has no name"
+    try:
+        json.dumps(results, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return "text with half a character in it"
+    return ""
 
 
 def render(results: Results, atlas: Mapping[str, Any] | None, thumbnails: list[str] | None) -> str:
@@ -114,13 +141,16 @@ def _title(results: Results) -> str:
     return str(results.get("study", {}).get("name") or "evaluation")
 
 
-def _beside(file: Path) -> Any:
+def _beside(file: Path, kind: type) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: damaged ({error}); delete it, and the page is drawn without it") from error
+    if not isinstance(found, kind):
+        raise UserError(f"{file}: damaged; delete it, and the page is drawn without it")
+    return found
 
 
 def _inert(value: Any) -> str:

@@ -162,7 +162,7 @@ def _split(text: str) -> list[str]:
     if text.lstrip().startswith("["):
         try:
             listed = json.loads(text)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             return [text]
         return ["" if item is None else str(item) for item in listed]
     return text.split("|")

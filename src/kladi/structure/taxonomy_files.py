@@ -88,6 +88,8 @@ def from_json(text: str) -> Drawing:
         raise UserError(f"line {error.lineno}, column {error.colno}: no JSON ({error.msg})") from error
     except RecursionError as error:
         raise UserError("nested too deep for JSON; write it as child,parent in a .csv") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"no label tree ({error})") from error
     if isinstance(content, dict) and "format" in content:
         return from_dict(content)
     if not isinstance(content, (dict, list)):

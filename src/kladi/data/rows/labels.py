@@ -61,7 +61,7 @@ def parts(text: str) -> list[str]:
     if text.startswith("[") and text.endswith("]"):
         try:
             values = json.loads(text)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):  # no JSON; a number of thousands of digits; a nesting bomb
             values = None
         if isinstance(values, list) and all(isinstance(value, str | int | float) for value in values):
             return [str(value).strip() for value in values]
