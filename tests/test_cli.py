@@ -97,6 +97,7 @@ def test_check_lists_faults_and_answers_1(capsys, ward, tmp_path):
     assert "not ready" in out
     assert "two labels" in out
     assert "file missing" in out
+    assert "(absent.png)" in out
 
 
 @pytest.mark.slow

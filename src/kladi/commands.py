@@ -28,7 +28,7 @@ def check(data: Path, config: settings.Config, out: Path | None) -> int:
     _head("check", str(data), summary.described(inspection))
     for name, text in summary.lines(inspection, time.perf_counter() - start):
         _line(name, text)
-    for name, text in summary.finding_lines(inspection.findings):
+    for name, text in summary.finding_lines(inspection.findings, inspection.manifest):
         _line(name, text)
     if out:
         summary.write_csv(inspection.findings, out)
@@ -57,7 +57,7 @@ def plan(data: Path, out: Path, earlier: Path | None, given: Mapping[str, Any], 
     _head(
         "plan", f"{facts.images:,} images, {facts.patients:,} patients, {facts.leaves} labels", f"{facts.cores} cores"
     )
-    _warnings(inspection.findings)
+    _warnings(inspection)
     proof = None
     if smoke:
         _message(f"smoke      {planning.SMOKE_STEPS} steps of the planned run")
@@ -92,7 +92,7 @@ def pretrain(data: Path, config: settings.Config, out: Path, *, resume: bool, fo
 
     dataset, inspection = load.load(data, config)
     _head("pretrain", str(out), f"seed {config.train.seed}, no network")
-    _warnings(inspection.findings)
+    _warnings(inspection)
     if dry_run:
         trained = int((dataset.split == TRAIN).sum())
         what = f"train {config.encoder.name} on {_count(trained, 'image')} with {config.objective.name}"
@@ -116,7 +116,7 @@ def embed(run: Path, data: Path, out: Path, overrides: Mapping[str, str]) -> int
     encoder = load_encoder(run)
     dataset, inspection = load.load(data, _run_config(run, overrides))
     _head("embed", str(run), _count(len(dataset), "image"))
-    _warnings(inspection.findings)
+    _warnings(inspection)
     out.mkdir(parents=True, exist_ok=True)
     embedded(encoder, dataset, head=heads.load(run)).write(out / "embeddings.npz")
     _line("wrote", f"{out}/embeddings.npz")
@@ -136,7 +136,7 @@ def evaluate(run: Path, data: Path, out: Path, overrides: Mapping[str, str]) -> 
         str(run),
         f"{_count(len(dataset), 'image')}, split by patient" if dataset.has_patients else "no patient ids",
     )
-    _warnings(inspection.findings)
+    _warnings(inspection)
     measured(run, dataset, config, out, findings=inspection.findings, say=_message)
     written = page.write(out, None)
     _line("wrote", f"{out}/results.json, {written}")
@@ -203,12 +203,13 @@ def _line(name: str, text: str, width: int = WIDTH) -> None:
     _console().out(f"{name:<{width}}{'' if len(name) < width else ' '}{text}", highlight=False)
 
 
-def _warnings(findings: Any) -> None:
+def _warnings(inspection: Any) -> None:
     """Warnings and left-out files on stderr, where messages go."""
     from kladi.data import summary
 
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    for name, text in summary.finding_lines([f for f in findings if f.severity != "error"]):
+    found = [f for f in inspection.findings if f.severity != "error"]
+    for name, text in summary.finding_lines(found, inspection.manifest):
         console.out(f"{name:<{WIDTH}}{text}", highlight=False)
 
 

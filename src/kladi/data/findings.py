@@ -6,7 +6,6 @@ A message may be kept and printed, so it holds no path, and every text in it tha
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -89,9 +88,8 @@ def visible(text: str) -> str:
 
 
 def _is_hidden(character: str) -> bool:
-    # Cc, Cf, Cs, Co, Cn: what nobody sees; Zl, Zp: line and paragraph separator.
-    category = unicodedata.category(character)
-    return category[0] == "C" or category in {"Zl", "Zp"}
+    # Control, format, surrogate, private, unassigned; separators of lines; blanks that look like a space and are none.
+    return not character.isprintable()
 
 
 def _escape(character: str) -> str:

@@ -14,8 +14,9 @@ import numpy as np
 
 from kladi import config as settings
 from kladi.data.dataset import HELD_OUT, TEST, TRAIN, VAL, Dataset
-from kladi.data.findings import Finding, line, visible
+from kladi.data.findings import Finding, line, listed, visible
 from kladi.data.load import Inspection, join
+from kladi.data.rows.manifest import Manifest
 
 Lines = Iterator[tuple[str, str]]
 SHOWN = 20
@@ -50,8 +51,11 @@ def lines(inspection: Inspection, seconds: float) -> Lines:
         yield from _joined(join(inspection, settings.Config()))
 
 
-def finding_lines(findings: Sequence[Finding]) -> Lines:
-    """Skipped, left out, warnings (W1, W2, ...), errors (E1, E2, ...): each list headed by its name once."""
+def finding_lines(findings: Sequence[Finding], manifest: Manifest | None = None) -> Lines:
+    """Skipped, left out, warnings (W1, W2, ...), errors (E1, E2, ...): each list headed by its name once.
+
+    With the manifest, files that are left out are named: for the console only, as a path may carry a name.
+    """
     for severity, name, letter in (
         ("skipped", "skipped", ""),
         ("left out", "left out", ""),
@@ -61,7 +65,11 @@ def finding_lines(findings: Sequence[Finding]) -> Lines:
         chosen = [finding for finding in findings if finding.severity == severity]
         for i, finding in enumerate(chosen[:SHOWN]):
             number = f"{letter}{i + 1} " if letter else ""
-            yield (name if i == 0 else ""), number + line(finding)
+            files = ""
+            if manifest is not None and severity == "left out" and finding.rows:
+                paths = [visible(path) for path in manifest.paths(finding.rows[:3]) if path]
+                files = f" ({listed(paths, 3)})" if paths else ""
+            yield (name if i == 0 else ""), number + line(finding) + files
         if len(chosen) > SHOWN:
             yield "", f"and {len(chosen) - SHOWN:,} more"
 
