@@ -52,10 +52,15 @@ def summary(results: Results) -> list[str]:
     return lines + _verdict(results)
 
 
+def _decides(comparison: Mapping[str, Any], results: Results) -> bool:
+    """Whether it is the primary metric of the probe; everything else explores."""
+    primary = results.get("study", {}).get("primary_metric") or "balanced_accuracy"
+    return comparison.get("metric") == primary and comparison.get("regime") == "probe"
+
+
 def _verdict(results: Results) -> list[str]:
     """Whether pretraining beat its controls, in the words of the statistics."""
-    decisive = [c for c in results.get("comparisons", []) if c.get("holm_p") is not None]
-    decisive = decisive or [c for c in results.get("comparisons", []) if c.get("metric") == "balanced_accuracy"]
+    decisive = [c for c in results.get("comparisons", []) if _decides(c, results)]
     if not decisive:
         return []
     said = []
@@ -64,7 +69,7 @@ def _verdict(results: Results) -> list[str]:
         between = f" [{_signed(interval[0])}, {_signed(interval[1])}]" if interval else ""
         said.append(f"{c.get('reference')} {_signed(c.get('difference'))}{between}, {c.get('verdict')}")
     better = all(str(c.get("verdict")) in {"better", "leans better"} for c in decisive)
-    lead = "Against its controls" if better else "Not shown to beat its controls, so it has bought nothing yet"
+    lead = "Against its controls" if better else "Not shown to beat every control, so it has bought nothing yet"
     return [f"{lead} ({words(str(decisive[0].get('metric')))}, {decisive[0].get('regime')}): {'; '.join(said)}."]
 
 
@@ -139,7 +144,7 @@ def comparisons(results: Results) -> list[dict[str, Any]]:
                 "holm": _p(c.get("holm_p")),
                 "wilcoxon": _p(c.get("wilcoxon_p")) + (f" (least {_p(c['least_p'])})" if c.get("least_p") else ""),
                 "verdict": str(c.get("verdict") or ""),
-                "decides": c.get("holm_p") is not None,
+                "decides": _decides(c, results),
             }
         )
     return out
