@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from kladi.evaluate.readouts import probe
+from kladi.evaluate.readouts import logistic, probe
 from kladi.evaluate.readouts.probe import LAMBDAS, choose, fit_probes
 
 FEW = (1.0, 1e-2, 1e-4)
@@ -218,6 +218,35 @@ def test_a_row_huge_in_one_mask_leaves_the_other_problem_alone():
     clean = fit_probes(x, y, train[:1], lambdas=FEW)
     spoilt = fit_probes(canary, y, train, lambdas=FEW, max_steps=300)
     np.testing.assert_allclose(spoilt.objective[:3], clean.objective, rtol=1e-6)
+
+
+def test_exact_blocks_change_the_way_and_not_the_optimum(monkeypatch):
+    """The weak end of the path is reached with the Hessian's blocks, and without them, at more cost."""
+    x, y, train = problem()
+    path = (1e-2, 1e-3, 1e-4)
+    # Every penalty is taken for costly, so that blocks are met whatever the size of the problem.
+    monkeypatch.setattr(logistic.Batch, "solve", _costly(logistic.Batch.solve))
+    with_blocks = fit_probes(x, y, train, lambdas=path)
+    monkeypatch.setattr(logistic, "BLOCK_BYTES", 0)
+    without = fit_probes(x, y, train, lambdas=path)
+    assert with_blocks.converged.all()
+    assert without.converged.all()
+    np.testing.assert_allclose(with_blocks.objective, without.objective, rtol=1e-6)
+    assert with_blocks.steps.sum() < without.steps.sum()
+
+
+def test_exact_blocks_survive_a_row_that_is_huge_in_another_mask(monkeypatch):
+    x, y, train = problem()
+    canary = x.copy()
+    canary[np.flatnonzero(train[1] & ~train[0])] = 1e200
+    clean = fit_probes(x, y, train[:1], lambdas=FEW)
+    monkeypatch.setattr(logistic.Batch, "solve", _costly(logistic.Batch.solve))
+    spoilt = fit_probes(canary, y, train, lambdas=FEW, max_steps=300)
+    np.testing.assert_allclose(spoilt.objective[:3], clean.objective, rtol=1e-6)
+
+
+def _costly(solve):
+    return lambda self, penalty, tolerance, most, costly: solve(self, penalty, tolerance, most, costly=True)
 
 
 def test_labels_outside_the_masks_are_not_read():

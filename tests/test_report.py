@@ -183,3 +183,20 @@ def test_results_that_no_reader_survives_are_refused(tmp_path, text):
     (tmp_path / "results.json").write_text(text)
     with pytest.raises(UserError, match="damaged"):
         page.write(tmp_path)
+
+
+@pytest.mark.parametrize(("verdict", "lead"), [("leans better", "Against its controls"), ("cannot tell", "Not shown")])
+def test_the_page_says_first_whether_the_controls_were_beaten(verdict, lead):
+    one = {"method": "a", "regime": "probe", "metric": "balanced_accuracy", "interval": [0.1, 0.3], "difference": 0.2}
+    results = {
+        "comparisons": [
+            {**one, "reference": "random_encoder", "verdict": "leans better"},
+            {**one, "reference": "histogram", "verdict": verdict},
+            {**one, "regime": "knn", "reference": "histogram", "verdict": "leans worse"},
+        ]
+    }
+    said = tables.summary(results)[-1]
+    assert said.startswith(lead)
+    assert "histogram +0.200 [+0.100, +0.300]" in said
+    assert "knn" not in said
+    assert [c["decides"] for c in tables.comparisons(results)] == [True, True, False]

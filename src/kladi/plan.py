@@ -6,7 +6,6 @@ when the plan is made again.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import tempfile
@@ -196,8 +195,3 @@ def _colour_share(dataset: Dataset) -> float:
     """Share of the files that hold colour, as the decoder counted them."""
     counts = dataset.store.facts.get("channels", {})
     return counts.get("colour", 0) / max(sum(counts.values()), 1)
-
-
-def described(facts: Fingerprint) -> dict[str, Any]:
-    """The fingerprint as plain values, for a results file or a log."""
-    return dataclasses.asdict(facts)

@@ -80,10 +80,10 @@ class Batch:
         self._carry_on(penalty)
         precondition: Precondition | None = None
         while True:
-            value, residual, gradient = self._state(penalty)
+            value, gradient = self._state(penalty)
             size = gradient.abs().amax(dim=(0, 2))
             if precondition is None:
-                precondition = self._preconditioner(residual, penalty, blocks=costly)
+                precondition = self._preconditioner(penalty, blocks=costly)
             # A small gradient alone does not bound what is left to gain where the penalty is weak.
             rest = precondition(gradient, torch.arange(problems, device=penalty.device))
             gain = 0.5 * (rest * gradient).sum(dim=(0, 2))
@@ -106,12 +106,12 @@ class Batch:
         self.point = self.point + share[:, None] * self.moved
         self.logits.addcmul_(along, share)
 
-    def _state(self, penalty: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """J [P], dJ/dlogits [n, K, P] and dJ [K, P, D + 1]; the bias is free of the penalty."""
+    def _state(self, penalty: Tensor) -> tuple[Tensor, Tensor]:
+        """J [P] and dJ [K, P, D + 1]; the bias is free of the penalty."""
         loss, residual = self._evaluate(self.logits, slice(None))
         gradient = self.design.pullback(residual, self.masks)
         gradient[..., :-1] += penalty[:, None] * self.point[..., :-1]
-        return loss + self._ridge(self.point, penalty), residual, gradient
+        return loss + self._ridge(self.point, penalty), gradient
 
     def _newton_step(
         self,
@@ -182,25 +182,19 @@ class Batch:
         self.logits[:, :, part] = torch.addcmul(self.logits[:, :, part], along, length)
         return falls
 
-    def _preconditioner(self, residual: Tensor, penalty: Tensor, *, blocks: bool) -> Precondition:
-        """About the inverse Hessian at this point."""
-        bytes_needed = 8 * self.columns * len(self.masks) * (self.design.width + 1) ** 2
-        if blocks and bytes_needed <= BLOCK_BYTES:
-            share = self._probability(torch.arange(len(self.masks), device=penalty.device))
-            factors = self.design.factors((share * (1 - share)).mul_(self.weight[:, None]), penalty, self.masks)
+    def _preconditioner(self, penalty: Tensor, *, blocks: bool) -> Precondition:
+        """About the inverse Hessian at this point: w p (1 - p) of each row bends its logit."""
+        share = self._probability(slice(None))
+        bend = (share * (1 - share)).mul_(self.weight[:, None]).masked_fill_((self.weight == 0)[:, None], 0.0)
+        if blocks and 8 * self.columns * len(self.masks) * (self.design.width + 1) ** 2 <= BLOCK_BYTES:
+            factors = self.design.factors(bend, penalty, self.masks)
             return lambda vector, part: torch.cholesky_solve(vector[..., None], factors[:, part])[..., 0]
-        bend = self._curvature(residual).clamp(min=1e-12)[..., None]
+        mean = bend.sum(dim=0).clamp(min=1e-12)[..., None]
         return lambda vector, part: self.design.precondition(
-            vector, bend[:, part], penalty[part][:, None], self.masks[part]
+            vector, mean[:, part], penalty[part][:, None], self.masks[part]
         )
 
-    def _curvature(self, residual: Tensor) -> Tensor:
-        """Mean of p (1 - p) over the mask for each logit column, float64[K, P]: how bent the data term is there."""
-        size = residual.abs()
-        rest = 1 - size / torch.where(self.weight > 0, self.weight, 1.0)[:, None]
-        return (size * rest).sum(dim=0)
-
-    def _probability(self, part: Tensor) -> Tensor:
+    def _probability(self, part: Tensor | slice) -> Tensor:
         """Of each logit column, [n, K, P']."""
         logits = self.logits[:, :, part]
         return torch.sigmoid(logits) if self.columns == 1 else torch.softmax(logits, dim=1)
