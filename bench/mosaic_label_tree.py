@@ -45,9 +45,6 @@ ARMS = {
     "label_tree": {"objective.name": "label_tree"},
     "shuffled_tree": {"objective.name": "label_tree"},
 }
-PENALTY = 0.01
-"""Of the probe, the same for all arms: a grid of thirteen costs minutes an arm on two cores."""
-LAMBDA_NOTE = f"the penalty of the probe is {PENALTY} for all arms, not chosen on val"
 CONTROLS = ("random_encoder", "histogram")
 PAIRS = [("label_tree", other) for other in ("simclr", "supcon", "shuffled_tree", *CONTROLS)]
 PAIRS += [("shuffled_tree", "supcon")]
@@ -120,7 +117,7 @@ def evaluate(dataset: Dataset, base: settings.Config, arms: list[str], seeds: in
         for seed in range(seeds if arm in arms else 1):
             method, fact, embedded = representation(arm, seed, dataset, base, out)
             own = embedded if arm == "label_tree" and seed == 0 else own
-            measured.append(measure(method, task, (parts[seed],), seed=seed, lambdas=(PENALTY,)))
+            measured.append(measure(method, task, (parts[seed],), seed=seed))
             if seed == 0:
                 facts.append({**fact, "labels_in_pretraining": None if arm in CONTROLS else labels_read(arm, dataset)})
             print(f"measured {arm} {seed}", file=sys.stderr, flush=True)
@@ -213,7 +210,7 @@ def data_of(dataset: Dataset, task: Task, measured: list[Measured]) -> dict[str,
         "patients": len(np.unique(dataset.group)),
         "labels": labels,
         "excluded": {},
-        "warnings": [LAMBDA_NOTE, *sorted({w for m in measured for w in m.warnings})],
+        "warnings": sorted({w for m in measured for w in m.warnings}),
     }
 
 
