@@ -65,7 +65,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("overrides", nargs="*", help="section.key=value")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     shared = {"data.taxonomy": str(options.taxonomy), **dict(o.split("=", 1) for o in options.overrides)}
     base = settings.override(settings.Config(), shared)
     dataset, _ = load(options.manifest, base)
