@@ -299,14 +299,24 @@ def test_the_lock_of_another_host_needs_force(tmp_path):
         assert json.loads((tmp_path / "lock").read_text()) == content
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "x", "host": "y"}'])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b'{"pid": "x", "host": "y"}', b'{"pid": 1e999, "host": "y"}', b"\xff\xfe", b"[" * 9999],
+)
 def test_a_damaged_lock_needs_force(tmp_path, content):
-    (tmp_path / "lock").write_text(content)
+    (tmp_path / "lock").write_bytes(content)
     with pytest.raises(UserError, match=r"damaged.*--force-unlock"), lock.held(tmp_path):
         pytest.fail("two hold it")
     with lock.held(tmp_path, force=True):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_place_of_the_lock_is_said(tmp_path):
+    (tmp_path / "lock").mkdir()
+    for force in (False, True):
+        with pytest.raises(UserError, match="lock is a folder"), lock.held(tmp_path, force=force):
+            pytest.fail("nobody holds it")
 
 
 def test_the_lock_is_given_back_after_an_error(tmp_path):

@@ -441,6 +441,14 @@ def test_two_sources(sources: list[set[str]], values: set[str], conflict: bool) 
     assert combine_anatomy([frozenset(s) for s in sources]) == (values, conflict)
 
 
+def test_damaged_synonyms_are_refused_in_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "synonyms.toml"
+    for text, said in (("part_of = 3", "part_of: expected a table"), ("a = " + "[" * 9999, "not a TOML file")):
+        path.write_text(text)
+        with pytest.raises(UserError, match=said):
+            synonyms.read(path)
+
+
 def test_user_synonyms_lie_over_the_shipped_ones(tmp_path: Path) -> None:
     path = tmp_path / "my.toml"
     path.write_text(

@@ -3,9 +3,13 @@
 import numpy as np
 import polars as pl
 import pytest
+from PIL import Image
 
+from kladi import config as settings
 from kladi.data import load
 from kladi.data.dataset import HELD_OUT, TRAIN
+from kladi.errors import UserError
+from kladi.learn import run_folder
 
 
 def splits(group, target, share=0.3, seed=0):
@@ -33,3 +37,21 @@ def test_a_patient_of_two_labels_is_on_one_side_and_the_draw_depends_on_the_seed
 
 def test_nobody_is_held_out_where_nobody_should_be():
     assert (splits(np.arange(20), np.full(20, -1), share=0.0) == TRAIN).all()
+
+
+def test_a_root_is_taken_from_the_tree_and_kept_out_of_the_run(tmp_path):
+    folder = tmp_path / "scans"
+    for number, label in enumerate(["a", "b"] * 4):
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (16, 16), 20 * number + 10).save(folder / label / f"{number}.png")
+    (tmp_path / "tree.csv").write_text("child,parent\nall,\na,all\nb,all\n")
+    config = settings.override(
+        settings.Config(),
+        {"data.taxonomy": str(tmp_path / "tree.csv"), "data.root": "all", "data.store": str(tmp_path / "store")},
+    )
+    dataset, inspection = load.load(folder, config)
+    assert dataset.taxonomy.names == ("a", "b")
+    assert not any("one top node" in f.message for f in inspection.findings)
+    assert run_folder.portable(config).data.root == ""
+    with pytest.raises(UserError, match="needs a label tree"):
+        load.load(folder, settings.override(settings.Config(), {"data.root": "all"}))

@@ -274,6 +274,8 @@ def test_a_disk_too_small_is_said_before_the_first_step(data, tmp_path, monkeypa
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(RunStopped, match=r"need [\d,]+ bytes, 1,000 are free; nothing was trained"):
         train(data, tmp_path / "run")
+    monkeypatch.undo()
+    train(data, tmp_path / "run", train__max_steps=1)  # nothing was left that would refuse a second try
 
 
 def test_a_disk_that_fails_under_the_journal_stops_the_run(data, tmp_path, monkeypatch):
@@ -328,10 +330,8 @@ def test_no_intact_checkpoint_is_refused(data, half):
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused(data, half, change, said):
-    folder = half / "checkpoints" / "step-00000004"
-    model, rest = weights.read(folder / "model.safetensors"), weights.read(folder / "train.safetensors")
+    model, rest, state = contents(half)
     change(model, rest)
-    state = checkpoint.read_state(folder)
     checkpoint.save(half, checkpoint.Snapshot(model, rest, {**state, "step": 5}))
     with pytest.raises(UserError, match=said):
         train(data, half, resume=True)
@@ -340,6 +340,56 @@ def test_a_checkpoint_of_another_model_is_refused(data, half, change, said):
 def test_a_damaged_account_of_the_data_is_refused(data, half):
     (half / "data.json").write_text("{")
     with pytest.raises(UserError, match=r"data\.json is damaged"):
+        train(data, half, resume=True)
+
+
+@pytest.mark.parametrize("name", ["data.json", "environment.json"])
+def test_an_account_that_is_no_table_is_refused(data, half, name):
+    (half / name).write_text("[1, 2]")
+    with pytest.raises(UserError, match=rf"{name} is damaged"):
+        train(data, half, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"low": None}, r"step-00000005/state\.json is damaged"),
+        ({"spread": [1, "x"]}, r"step-00000005/state\.json is damaged"),
+        ({"spread": 3}, r"step-00000005/state\.json is damaged"),
+    ],
+)
+def test_a_state_that_was_signed_again_is_refused(data, half, change, said):
+    model, rest, state = contents(half)
+    checkpoint.save(half, checkpoint.Snapshot(model, rest, {**state, "step": 5, **change}))
+    with pytest.raises(UserError, match=said):
+        train(data, half, resume=True)
+
+
+def test_a_step_after_the_last_is_refused(data, half):
+    model, rest, state = contents(half)
+    checkpoint.save(half, checkpoint.Snapshot(model, rest, {**state, "step": 70}))
+    with pytest.raises(UserError, match="step-00000070 is of step 70, this run has 6"):
+        train(data, half, resume=True)
+
+
+def contents(run, step=4):
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    tensors = (weights.read(folder / f"{name}.safetensors") for name in ("model", "train"))
+    return *tensors, checkpoint.read_state(folder)
+
+
+def test_lost_metrics_are_said(data, half):
+    journal_of = half / "metrics.jsonl"
+    journal_of.write_text("".join(journal_of.read_text().splitlines(keepends=True)[2:]))
+    progress = Signalling(0)
+    train(data, half, resume=True, progress=progress)
+    assert "metrics.jsonl has lost 2 of the 4 steps before" in progress.said
+
+
+def test_a_file_in_place_of_the_checkpoints_is_said(data, half):
+    shutil.rmtree(half / "checkpoints")
+    (half / "checkpoints").write_text("")
+    with pytest.raises(UserError, match="checkpoints is a file"):
         train(data, half, resume=True)
 
 

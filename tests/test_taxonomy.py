@@ -265,6 +265,12 @@ def test_one_top_over_all_is_reported_and_two_are_fine() -> None:
     assert Taxonomy.from_paths(["a/x", "b/y"]).findings == ()
 
 
+def test_half_a_character_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text('{"a": ["x\\ud800"], "b": null}')
+    with pytest.raises(UserError, match="half a character"):
+        Taxonomy.read(tmp_path / "t.json")
+
+
 def test_blanks_and_unicode_forms_are_one_node() -> None:
     tax = Taxonomy.from_edges([(" café", None), ("x", "cafe\u0301 ")])  # composed, and letter with accent
     assert tax.names == ("café", "x")

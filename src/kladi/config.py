@@ -26,6 +26,8 @@ class Data:
 
     taxonomy: str = ""
     """Label tree file; empty: the slash paths of the labels are the tree."""
+    root: str = ""
+    """Node of the label tree file that becomes the implicit root; what is not below it is left out."""
     metadata: tuple[str, ...] = ()
     """Columns (or DICOM attributes) that become label sets."""
     synonyms: str = ""

@@ -18,6 +18,7 @@ from kladi.data.decoded import store
 from kladi.data.decoded.store import Store
 from kladi.data.findings import Finding, line, merged
 from kladi.data.rows import checks, manifest
+from kladi.data.rows.labels import file_tree
 from kladi.data.rows.manifest import Manifest
 from kladi.data.views import philox
 from kladi.errors import UserError
@@ -148,9 +149,8 @@ def patient_groups(patients: pl.Series, pixel_digest: UInt64[np.ndarray, " n"]) 
 
 def _taxonomy(rows: Manifest, data: settings.Data) -> tuple[Taxonomy | None, list[Finding]]:
     """The tree of the file, else the one that the labels' slash paths spell."""
-    if data.taxonomy:
-        tree = Taxonomy.read(data.taxonomy)
-    else:
+    tree = file_tree(data)
+    if tree is None:
         labels = rows.table["label"].drop_nulls().unique().sort().to_list()
         if not labels:
             return None, []

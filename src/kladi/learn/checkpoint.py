@@ -190,8 +190,8 @@ def read_state(folder: Path) -> dict[str, Any]:
         Broken: it is damaged.
     """
     state = _json(folder / "state.json")
-    if not isinstance(state.get("step"), int):
-        raise Broken("state.json names no step")
+    if state.get("step") != _step(folder):
+        raise Broken("state.json is of another step than its folder's name")
     return state
 
 
@@ -228,8 +228,9 @@ def check_space(run: Path, snapshot: Snapshot, keep: int = KEEP) -> None:
     needed = snapshot.size() * (keep + 2)
     try:
         free = shutil.disk_usage(run).free
-        weights.write(run / "probe", b"probe")
-        (run / "probe").unlink()
+        probe = run / f".tmp-{os.getpid()}-probe"  # a killed process leaves nothing that `clean` does not know
+        weights.write(probe, b"probe")
+        probe.unlink()
     except OSError as error:
         raise RunStopped(f"the folder cannot be written ({error.strerror})") from error
     if free < needed:

@@ -82,6 +82,8 @@ def fit(
                 found = _found(t, run)
             else:
                 run_folder.require_empty(run)
+            if found is None:
+                checkpoint.check_space(run, training.snapshot(t))
             with Log(run, progress or Lines(), config.train.tensorboard) as log:
                 log.data(dataset, t.objective)
                 log.say("loss", f"{config.objective.name} = {_formula(t.objective.weights)}")
@@ -91,10 +93,11 @@ def fit(
                     if resume and run_folder.begun(run):
                         log.say("notice", "stopped before its first checkpoint; starting at step 0")
                     run_folder.begin(run, config, dataset, notes or {}, fabric.device)
-                    checkpoint.check_space(run, training.snapshot(t))
                 else:
                     _go_on(t, run, found, log)
                 with Journal(run / "metrics.jsonl", t.step) as journal:
+                    if journal.lost:
+                        log.say("notice", f"metrics.jsonl has lost {journal.lost:,} of the {t.step:,} steps before")
                     _train(t, run, journal, log, requests)
                 training.export(t, run)
                 log.done(t)
@@ -237,8 +240,11 @@ def _repeatable(train: settings.Train) -> Iterator[Fabric]:
 
 def _found(t: Training, run: Path) -> checkpoint.Found | None:
     """The checkpoint to go on from; None where the run was stopped before its first."""
+    folder = run / "checkpoints"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--resume: {folder} is a file; {run} is no run of kladi's")
     if not run_folder.begun(run):
-        if (run / "checkpoints").is_dir():
+        if folder.is_dir():
             raise UserError(f"--resume: {run} has checkpoints but no config.toml; it is no run of kladi's")
         run_folder.require_nothing_foreign(run)
         return None

@@ -17,13 +17,14 @@ class Journal:
 
     Opening it cuts the file back to the lines of `step` and before: what was written after the checkpoint that a run
     goes on from will be written again. Half a line at the end (a killed process) is dropped, and so are lines marked
-    "at_stop", which an uninterrupted run would not have.
+    "at_stop", which an uninterrupted run would not have. `lost` counts the steps up to `step` that have no line.
     """
 
     def __init__(self, path: Path, step: int = 0) -> None:
         kept = [line for line in read(path) if line["step"] <= step and not line.get("at_stop")]
         weights.write(path, "".join(_text(line) for line in kept))
         self.path = path
+        self.lost = step - len({line["step"] for line in kept if "loss" in line})
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:

@@ -78,6 +78,8 @@ def _create(path: Path, content: str) -> None:
 
 def _displace(path: Path, force: bool) -> None:
     """Remove a lock whose holder is gone; refuse where it is not."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, which kladi never makes; remove it")
     content = _read(path)
     if content is None:
         return  # the holder has just left
@@ -85,7 +87,7 @@ def _displace(path: Path, force: bool) -> None:
         holder: dict[str, Any] = json.loads(content)
         pid, host = int(holder["pid"]), str(holder["host"])
         gone = _gone(holder, pid, host)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         if not force:
             raise UserError(f"{path} is damaged; if no other process works there: --force-unlock") from error
     else:
@@ -139,7 +141,10 @@ def _is_zombie(pid: int) -> bool:
 
 
 def _read(path: Path) -> str | None:
+    """The text of a file, None where there is none; what is no UTF-8 is replaced, and then is no lock of ours."""
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
         return None
+    except OSError:
+        return ""

@@ -229,6 +229,7 @@ def portable(config: settings.Config) -> settings.Config:
     data = dataclasses.replace(
         config.data,
         taxonomy="taxonomy.json" if config.data.taxonomy else "",
+        root="",  # the copy has it already
         synonyms="synonyms.toml" if config.data.synonyms else "",
         key="",
         store="",
@@ -310,9 +311,11 @@ def _flat(config: settings.Config) -> dict[str, Any]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged or missing; --out ANOTHER starts anew") from error
-    return dict(content)
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged or missing; --out ANOTHER starts anew")
+    return content
 
 
 def _json(content: Mapping[str, Any]) -> str:

@@ -181,8 +181,13 @@ def restore(t: Training, folder: Path) -> None:
         UserError: it is of another model.
     """
     facts = state.restore(t.objective, t.optimizer, folder)
-    t.step, t.low = int(facts["step"]), int(facts["low"])
-    t.spread = monitors.Spread(*facts["spread"]) if facts["spread"] else None
+    try:
+        t.step, t.low = int(facts["step"]), int(facts["low"])
+        t.spread = monitors.Spread(*map(float, facts["spread"])) if facts["spread"] else None
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"--resume: {folder.name}/state.json is damaged; start anew in another folder") from error
+    if not 0 <= t.step <= t.steps:
+        raise UserError(f"--resume: {folder.name} is of step {t.step:,}, this run has {t.steps:,}")
 
 
 def export(t: Training, run: Path) -> None:

@@ -27,7 +27,13 @@ class Drawing:
 
 
 def clean(name: str) -> str:
-    """Blanks at the ends removed, Unicode NFC: two spellings that look alike are one node."""
+    """Blanks at the ends removed, Unicode NFC: two spellings that look alike are one node.
+
+    Raises:
+        UserError: half a character (a lone surrogate), which no file could hold afterwards.
+    """
+    if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise UserError(f"the node name {name!a} holds half a character (a lone surrogate)")
     return unicodedata.normalize("NFC", name).strip()
 
 
@@ -205,7 +211,8 @@ def _say_odd(drawing: Drawing) -> None:
     tops = [name for name, above in drawing.parents.items() if not above]
     if len(tops) == 1 and len(drawing.parents) > 1:
         drawing.findings.append(
-            f'one top node, "{tops[0]}", is over all: level 1 separates nothing; root="{tops[0]}" makes it the root'
+            f'one top node, "{tops[0]}", is over all: level 1 separates nothing; root="{tops[0]}" '
+            "(--data.root, for a taxonomy file) makes it the root"
         )
     folded: dict[str, list[str]] = {}
     for name in drawing.parents:

@@ -132,7 +132,7 @@ def read(path: str | Path, base: Synonyms | None = None) -> Synonyms:
         tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a TOML file ({error})") from error
     try:
         return overlay(tables, base)
@@ -152,7 +152,7 @@ def overlay(tables: Mapping[str, Any], base: Synonyms | None = None) -> Synonyms
     columns = dict(base.columns)
     for attribute, table in tables.items():
         if attribute == "part_of":
-            for name, wholes in table.items():
+            for name, wholes in _table(table, "part_of").items():
                 for whole, parts in _lists(wholes, f"part_of.{name}").items():
                     part_of.setdefault(name, {}).update(dict.fromkeys(parts, whole))
         elif attribute == "columns":
@@ -177,10 +177,14 @@ def _terms(table: Mapping[str, Sequence[str]], attribute: str) -> dict[str, froz
     return terms
 
 
-def _lists(table: Any, where: str) -> dict[str, list[str]]:
+def _table(table: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(table, Mapping):
         raise UserError(f"{where}: expected a table of canonical = [variants]")
-    for key, words in table.items():
+    return table
+
+
+def _lists(table: Any, where: str) -> dict[str, list[str]]:
+    for key, words in _table(table, where).items():
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise UserError(f'{where}: "{key}" must be a list of texts')
     return dict(table)

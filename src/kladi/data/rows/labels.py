@@ -12,6 +12,7 @@ import polars as pl
 
 from kladi import config as settings
 from kladi.data.findings import Finding, counted, listed, quoted
+from kladi.errors import UserError
 from kladi.structure.synonyms import UNKNOWN
 from kladi.structure.taxonomy import Taxonomy
 
@@ -29,14 +30,14 @@ def clean(label: pl.Series, row: pl.Series, data: settings.Data) -> tuple[pl.Ser
     Text stays text: "0", "01", "None" are labels. A token that says "unknown" is none, with a warning. Blanks round a
     slash are trimmed. A label with an empty part (`a//b`) is an error. Several labels in a cell stay as they are.
     """
-    tree = _once(data.taxonomy)
+    tree = _once(data)
     counts = dict(label.drop_nulls().value_counts().iter_rows())
     unknown = [text for text in counts if text.casefold() in UNKNOWN and not tree(text)]
     given = {text: _without_blanks(text, tree) for text in counts if text not in set(unknown)}
     broken = [text for text, new in given.items() if any(not _is_whole(part) for part in parts(new)) and not tree(new)]
     meant = {text: new for text, new in given.items() if text not in set(broken)}
     if data.fold_case:
-        meant = _folded(meant, counts, data.taxonomy)
+        meant = _folded(meant, counts, file_tree(data))
     found = []
     if unknown:
         rows = _rows(label, row, unknown)
@@ -74,12 +75,25 @@ def prefixes(label: str) -> list[str]:
     return ["/".join(names[: depth + 1]) for depth in range(len(names))]
 
 
-def _once(path: str) -> Knows:
-    """Whether a text is a node of the tree in `path`; the file is read when the first text is asked for."""
+def file_tree(data: settings.Data) -> Taxonomy | None:
+    """The label tree of the file that the settings name, None where they name none.
+
+    Raises:
+        UserError: the file is no label tree, has no such root, or a root is named without a file.
+    """
+    if not data.taxonomy:
+        if data.root:
+            raise UserError(f'--data.root "{data.root}" needs a label tree: --taxonomy FILE')
+        return None
+    return Taxonomy.read(Path(data.taxonomy), root=data.root or None)
+
+
+def _once(data: settings.Data) -> Knows:
+    """Whether a text is a node of the file's tree; the file is read when the first text is asked for."""
 
     @cache
     def tree() -> Taxonomy | None:
-        return Taxonomy.read(Path(path)) if path else None
+        return file_tree(data)
 
     def knows(text: str) -> bool:
         known = tree()
@@ -97,7 +111,7 @@ def _is_whole(label: str) -> bool:
     return all(label.split("/"))
 
 
-def _folded(meant: Mapping[str, str], counts: Mapping[str, int], taxonomy: str) -> dict[str, str]:
+def _folded(meant: Mapping[str, str], counts: Mapping[str, int], tree: Taxonomy | None) -> dict[str, str]:
     """Labels that differ in case alone get one spelling: the tree's, else at each node the most frequent one."""
     spelt: dict[str, Counter[str]] = {}
     for text, label in meant.items():
@@ -105,7 +119,7 @@ def _folded(meant: Mapping[str, str], counts: Mapping[str, int], taxonomy: str) 
             spelt.setdefault(node.casefold(), Counter())[node.rpartition("/")[2]] += counts[text]
     # Ties go to the spelling that sorts first, so that the order of the rows cannot matter.
     best = {node: min(names, key=lambda name: (-names[name], name)) for node, names in spelt.items()}
-    nodes = {node.casefold(): node for node in reversed(Taxonomy.read(Path(taxonomy)).names)} if taxonomy else {}
+    nodes = {node.casefold(): node for node in reversed(tree.names)} if tree is not None else {}
     folded = {}
     for text, label in meant.items():
         usual = "/".join(best[node.casefold()] for node in prefixes(label))
