@@ -98,6 +98,6 @@ def example_map(prefix: str = "") -> dict[str, Any]:
             f"{prefix}modality": [f"{prefix}CT" if i % 2 else "US" for i in range(n)],
             "level 2": ["" if i % 5 == 0 else NODES[i % 4] for i in range(n)],
         },
-        "purity": {"modality": {"k": 10, "value": 0.93}},
+        "purity": {"modality": {"k": 10, "value": 0.93, "chance": 0.5, "n": 40}},
         "thumbnail": [0 if i % 3 else None for i in range(n)],
     }

@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import io
 import json
+import math
 import stat
 from importlib.util import find_spec
 
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from kladi import toy
-from kladi.data.dataset import TEST
+from kladi.data.dataset import TEST, TRAIN
 from kladi.evaluate.embed import describe
 from kladi.evaluate.record import atlas
 
@@ -42,7 +43,9 @@ def test_the_map_as_a_file(data, embeddings, tmp_path):
     assert np.array(content["points"]).shape == (60, 2)
     assert list(content["columns"]) == sorted(content["columns"])
     expected = {"label, level 1", "label, level 2", "label, level 3", "modality", "anatomy", "split"}
-    assert set(content["columns"]) == set(content["purity"]) == expected
+    assert set(content["columns"]) == expected
+    assert set(content["purity"]) == expected - {"split"}
+    assert content["purity"]["label, level 3"]["n"] == (data.split != TRAIN).sum()
     for values in content["columns"].values():
         assert len(values) == 60
     for place, row in enumerate(drawn.rows):
@@ -86,7 +89,29 @@ def test_purity_is_of_the_full_space(embeddings):
     half = dataclasses.replace(
         embeddings, features=wide, columns={"site": ("a",) * 30 + ("b",) * 30}, taxonomy=None, target=np.full(60, -1)
     )
-    assert atlas.draw(half, kind="pca").purity["site"] == 1
+    half.split[:] = TEST
+    found = atlas.draw(half, kind="pca").purity["site"]
+    assert found == atlas.Purity(1.0, 29 / 59, 60)
+
+
+def test_purity_is_of_images_that_were_not_trained_on(embeddings):
+    """Training rows in two tight clouds that follow their site, the others anywhere."""
+    rng, site = np.random.default_rng(1), np.arange(60) % 2
+    trained = np.arange(60) < 30
+    features = np.where(trained[:, None], np.eye(8)[site] * 9, rng.normal(size=(60, 8))).astype(np.float32)
+    marked = dataclasses.replace(
+        embeddings,
+        features=features,
+        split=np.where(trained, TRAIN, TEST),
+        columns={"site": tuple("ab"[s] for s in site)},
+    )
+    found = atlas.draw(marked, kind="pca").purity["site"]
+    assert found.n == 30
+    assert found.value == pytest.approx(found.chance, abs=0.12)
+    everything = dataclasses.replace(marked, split=np.full(60, TEST))
+    assert atlas.draw(everything, kind="pca").purity["site"].value > 0.7
+    nobody = dataclasses.replace(marked, split=np.full(60, TRAIN))
+    assert math.isnan(atlas.draw(nobody, kind="pca").purity["site"].value)
 
 
 def test_pca_keeps_the_greatest_spread_and_repeats(embeddings):

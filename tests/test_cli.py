@@ -1,6 +1,7 @@
 """The command line: a mistake is at most three lines on stderr, exit 2, no traceback, and nothing is written."""
 
 import pytest
+from PIL import Image
 
 from kladi import cli, toy
 
@@ -77,6 +78,28 @@ def test_list_names_what_there_is(capsys, what):
     known = {"objectives": "label_tree", "backbones": "resnet18", "metrics": "hierarchical_f1", "keys": "train.epochs"}
     assert code == 0
     assert known[what] in out.split()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        (["list"], ["one of objectives, backbones, metrics, keys"]),
+        (["pretrain", "x.csv"], ["pretrain needs --out", "kladi pretrain --help"]),
+        (["pretrain"], ["pretrain needs DATA"]),
+    ],
+)
+def test_what_is_missing_is_named_with_a_way_to_an_example(capsys, tokens, words):
+    code, _, err = said(capsys, *tokens)
+    assert code == 2
+    for word in words:
+        assert word in err
+
+
+def test_check_names_the_columns_that_nothing_uses(capsys, tmp_path):
+    Image.new("L", (16, 16), 9).save(tmp_path / "a.png")
+    (tmp_path / "m.csv").write_text("path,scanner,site\na.png,x,y\n")
+    _, out, _ = said(capsys, "check", tmp_path / "m.csv", "--data.metadata", "site")
+    assert "unused     scanner (--data.metadata takes columns)" in out
 
 
 def test_dry_run_writes_nothing(capsys, ward, tmp_path):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from kladi import config
+from kladi import config, sections
 from kladi.errors import UserError, closest
 
 
@@ -100,7 +100,20 @@ def test_impossible_numbers_are_refused_before_any_image_is_read(key, value, sai
 
 
 def test_every_range_holds_its_default():
-    for key, (least, most) in config.RANGES.items():
+    for key, (least, most) in sections.RANGES.items():
         section, name = key.split(".")
         value = getattr(getattr(config.Config(), section), name)
         assert all(least <= v <= most for v in (value if isinstance(value, tuple) else (value,)))
+
+
+def test_every_key_says_what_it_means():
+    meanings = config.meanings()
+    assert list(meanings) == config.keys()
+    assert meanings["train.epochs"] == ("100", "Times that each training image is seen, in two views.")
+    for key, (default, meaning) in meanings.items():
+        assert len(meaning) > 8, key
+        assert meaning.endswith("."), key
+        assert config.override(
+            config.Config(), {key: config.to_dict(config.Config())[key.split(".")[0]][key.split(".")[1]]}
+        )
+        assert default, key

@@ -10,6 +10,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "kladi"
 RANK = {
     "errors": 0,
+    "sections": 0,
     "config": 0,
     "structure": 1,
     "losses": 2,

@@ -160,7 +160,7 @@ def report(path: Path, /, *, out: Path | None = None) -> int:
 
 
 @app.command(name="list")
-def list_(what: str, pattern: str = "*", /) -> int:
+def list_(what: str = "", pattern: str = "*", /) -> int:
     """Name what there is. Example: kladi list objectives; kladi list backbones "resnet*"
 
     Parameters
@@ -213,6 +213,9 @@ def _said(message: str, code: int) -> int:
 
 
 def _worded(error: cyclopts.CycloptsError) -> str:
+    verb = " ".join(error.command_chain or ())
+    if isinstance(error, cyclopts.MissingArgumentError) and error.argument is not None:
+        return f"{verb} needs {error.argument.name}; kladi {verb} --help shows an example"
     return " ".join(str(error).split())
 
 

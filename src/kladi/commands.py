@@ -152,13 +152,16 @@ def report(path: Path, out: Path | None) -> int:
 
 
 def list_names(what: str, pattern: str) -> int:
-    """Print the names of a kind, one a line."""
+    """Print the names of a kind, one a line; keys with their defaults and meanings."""
     kinds = ("objectives", "backbones", "metrics", "keys")
     if what not in kinds:
-        raise UserError(f'list "{what}": one of {", ".join(kinds)}' + suggestion(what, kinds))
+        said = f'list "{what}"' if what else "list"
+        raise UserError(f"{said}: one of {', '.join(kinds)}" + suggestion(what, kinds))
+    meanings = settings.meanings() if what == "keys" else {}
     for name in _names(what):
         if fnmatch.fnmatch(name, pattern):
-            _console().out(name, highlight=False)
+            default, meaning = meanings.get(name, ("", ""))
+            _console().out(f"{name:<26}{default:<22} {meaning}" if meaning else name, highlight=False)
     return 0
 
 

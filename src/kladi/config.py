@@ -6,200 +6,40 @@ function of that name and checked against its signature there, so adding a loss 
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
+import itertools
 import json
 import math
 import tomllib
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kladi.errors import UserError, closest
+from kladi.sections import RANGES, Augment, Config, Data, Encoder, Evaluate, Init, Intensity, Objective, Train
 
-
-@dataclass(frozen=True)
-class Data:
-    """What is read and how strictly."""
-
-    taxonomy: str = ""
-    """Label tree file; empty: the slash paths of the labels are the tree."""
-    root: str = ""
-    """Node of the label tree file that becomes the implicit root; what is not below it is left out."""
-    metadata: tuple[str, ...] = ()
-    """Columns (or DICOM attributes) that become label sets."""
-    synonyms: str = ""
-    """TOML file laid over the shipped synonyms of metadata values."""
-    frames: str = "all"
-    """Frames of a multi-frame file: all, middle, first, or a number n for every n-th."""
-    max_left_out: float = 0.05
-    """Share of rows that may be unreadable before the run is refused."""
-    held_out: float = 0.3
-    """Share of patients kept from pretraining for the evaluation, where the manifest has no column split."""
-    max_pixels: int = 178_956_970
-    """Files whose header promises more pixels are left out before anything is allocated."""
-    nonfinite: typing.Literal["leave_out", "zero"] = "leave_out"
-    """What happens to an image with NaN or infinity."""
-    drop_blank: bool = False
-    """Leave constant images out."""
-    allow_outside: bool = False
-    """Accept absolute paths and paths that leave the manifest's folder."""
-    allow_leak: bool = False
-    """Go on although a patient is in two splits; every table is stamped."""
-    fold_case: bool = False
-    """Merge labels that differ only in case."""
-    key: str = ""
-    """File with the 32-byte key that patient ids are hashed with; empty: the user's own, made at first use."""
-    store: str = ""
-    """Folder of the decoded-once store; empty: inside the run."""
-
-
-@dataclass(frozen=True)
-class Intensity:
-    """The one written intensity pipeline: file -> [0, 1] -> `size` x `size` -> normalised. Kept with the encoder."""
-
-    size: int = 64
-    """Side of the square that the encoder sees, pixels. The longer side of an image fills it; the rest is zero."""
-    channels: int = 1
-    """1 (grey; colour becomes luminance) or 3 (grey is repeated)."""
-    window: typing.Literal["file", "percentile", "fixed"] = "file"
-    """DICOM grey levels: the file's own VOI, else percentiles; always percentiles; or `center` and `width`."""
-    center: float = 40.0
-    width: float = 400.0
-    low: float = 0.5
-    """Lower percentile."""
-    high: float = 99.5
-    """Upper percentile."""
-    mean: tuple[float, ...] = (0.5,)
-    std: tuple[float, ...] = (0.25,)
-    """Normalisation of the [0, 1] pixels, one value or one a channel."""
-
-
-@dataclass(frozen=True)
-class Augment:
-    """Strengths of the training views; zero switches a transform off. Defaults are safe for grey medical images."""
-
-    crop: tuple[float, float] = (0.3, 1.0)
-    """Share of the image's area that a view shows, least and most."""
-    ratio: tuple[float, float] = (0.75, 1.3333333333333333)
-    """Width over height of the crop."""
-    flip_horizontal: float = 0.0
-    """Probability; off where left and right mean something."""
-    flip_vertical: float = 0.0
-    rotation: float = 10.0
-    """Greatest angle, degrees."""
-    brightness: float = 0.2
-    contrast: float = 0.2
-    gamma: float = 0.2
-    saturation: float = 0.0
-    hue: float = 0.0
-    """Greatest shift, turns; must be 0 on one channel."""
-    blur: float = 0.2
-    """Probability of a Gaussian blur."""
-    noise: float = 0.0
-    """Standard deviation of additive noise, in units of the [0, 1] range."""
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """A timm model by name; `args` go to `timm.create_model`."""
-
-    name: str = "resnet18"
-    args: dict[str, Any] = field(default_factory=dict)
-    projector: tuple[int, int] = (512, 128)
-    """Hidden width and output width of the head that is dropped after pretraining."""
-
-
-@dataclass(frozen=True)
-class Objective:
-    """A preset by name (or `my_file:MyLoss`) and its keyword arguments."""
-
-    name: str = "auto"
-    args: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Train:
-    """The loop."""
-
-    epochs: int = 100
-    batch: int = 256
-    """Images a step (each seen in two views)."""
-    optimizer: typing.Literal["adamw", "sgd"] = "adamw"
-    lr: float = 1e-3
-    """Peak learning rate; linear warm-up, then cosine to zero."""
-    weight_decay: float = 0.05
-    momentum: float = 0.9
-    """SGD only."""
-    warmup: float = 0.05
-    """Share of all steps."""
-    clip: float = 1.0
-    """Greatest gradient norm; 0 switches clipping off."""
-    seed: int = 0
-    workers: int = 1
-    """Threads that prepare batches ahead; any number gives the same bits."""
-    device: str = "auto"
-    precision: str = "32-true"
-    deterministic: bool = True
-    checkpoint_steps: int = 0
-    """Steps between checkpoints; 0: at the end of an epoch, at most once a minute. The end always saves."""
-    max_steps: int = 0
-    """Stop after this many steps; 0: after the epochs. The schedule does not change."""
-    stop_on_collapse: bool = False
-    tensorboard: bool = False
-
-
-@dataclass(frozen=True)
-class Init:
-    """Where the encoder's weights come from: a local safetensors file or a run folder; empty: random."""
-
-    weights: str = ""
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """The measuring protocol."""
-
-    folds: int = 5
-    repeats: int = 2
-    seed: int = 0
-    use_split: bool = True
-    """Use the manifest's own train, val and test where it has them."""
-    neighbours: tuple[int, ...] = (1, 5, 10, 20, 50, 100, 200)
-    bootstrap: int = 2000
-
-
-@dataclass(frozen=True)
-class Config:
-    """The whole of it, a section a table of the TOML file."""
-
-    data: Data = field(default_factory=Data)
-    intensity: Intensity = field(default_factory=Intensity)
-    augment: Augment = field(default_factory=Augment)
-    encoder: Encoder = field(default_factory=Encoder)
-    objective: Objective = field(default_factory=Objective)
-    train: Train = field(default_factory=Train)
-    init: Init = field(default_factory=Init)
-    evaluate: Evaluate = field(default_factory=Evaluate)
-
-
-RANGES: dict[str, tuple[float, float]] = {
-    "data.max_left_out": (0, 1),
-    "data.held_out": (0, 0.9),
-    "data.max_pixels": (64, 2**40),
-    "intensity.size": (8, 8192),
-    "intensity.width": (1e-6, 1e12),
-    "intensity.low": (0, 100),
-    "intensity.high": (0, 100),
-    "encoder.projector": (1, 2**20),
-    "evaluate.folds": (3, 100),
-    "evaluate.repeats": (1, 1000),
-    "evaluate.bootstrap": (0, 10**6),
-    "evaluate.neighbours": (1, 10**6),
-}
-"""Least and most of numbers that would otherwise be found impossible only after all images were read."""
+__all__ = [
+    "Augment",
+    "Config",
+    "Data",
+    "Encoder",
+    "Evaluate",
+    "Init",
+    "Intensity",
+    "Objective",
+    "Train",
+    "from_dict",
+    "keys",
+    "meanings",
+    "override",
+    "read",
+    "to_dict",
+    "to_toml",
+]
 
 
 def read(path: Path) -> Config:
@@ -241,6 +81,22 @@ def keys() -> list[str]:
         for section in dataclasses.fields(Config)
         for key in dataclasses.fields(_section_type(section.name))
     ]
+
+
+def meanings() -> dict[str, tuple[str, str]]:
+    """Every dotted key -> its default as TOML, and what it means in one line: the text below it in `sections`."""
+    found = {}
+    for section in dataclasses.fields(Config):
+        kind = _section_type(section.name)
+        (body,) = (node.body for node in ast.parse(inspect.getsource(kind)).body if isinstance(node, ast.ClassDef))
+        said = {}
+        for key, below in itertools.pairwise(body):
+            if isinstance(key, ast.AnnAssign) and isinstance(key.target, ast.Name) and isinstance(below, ast.Expr):
+                said[key.target.id] = " ".join(ast.literal_eval(below.value).split())
+        default = to_dict(Config())[section.name]
+        for name, value in default.items():
+            found[f"{section.name}.{name}"] = (_toml_value(value), said[name])
+    return found
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:

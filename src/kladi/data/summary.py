@@ -16,7 +16,8 @@ from kladi import config as settings
 from kladi.data.dataset import HELD_OUT, TEST, TRAIN, VAL, Dataset
 from kladi.data.findings import Finding, line, listed, visible
 from kladi.data.load import Inspection, join
-from kladi.data.rows.manifest import Manifest
+from kladi.data.rows.columns import ATTRIBUTES
+from kladi.data.rows.manifest import ROLES, Manifest
 
 Lines = Iterator[tuple[str, str]]
 SHOWN = 20
@@ -38,6 +39,9 @@ def lines(inspection: Inspection, seconds: float) -> Lines:
     metadata = [f"metadata <- {', '.join(manifest.metadata)}"] if manifest.metadata else []
     if named or metadata:
         yield "columns", "   ".join([*named, *metadata])
+    unused = [name for name in manifest.table.columns if name not in {*ROLES, *manifest.metadata, *ATTRIBUTES}]
+    if unused:
+        yield "unused", f"{listed([visible(name) for name in unused], 8)} (--data.metadata takes columns)"
     if store is None or len(store) == 0:
         yield "images", "none readable"
         return

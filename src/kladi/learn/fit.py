@@ -24,7 +24,7 @@ from kladi import config as settings
 from kladi.data.dataset import Dataset
 from kladi.data.views.batch import Batch
 from kladi.errors import RunStopped, UserError
-from kladi.learn import checkpoint, diagnosis, lock, monitors, run_folder, signals, training
+from kladi.learn import checkpoint, diagnosis, lock, monitors, objectives, run_folder, signals, training
 from kladi.learn.console import Lines
 from kladi.learn.journal import Journal
 from kladi.learn.log import Log
@@ -86,7 +86,8 @@ def fit(
                 checkpoint.check_space(run, training.snapshot(t))
             with Log(run, progress or Lines(), config.train.tensorboard) as log:
                 log.data(dataset, t.objective)
-                log.say("loss", f"{config.objective.name} = {_formula(t.objective.weights)}")
+                name = objectives.resolved(config.objective.name, objectives.Facts.of(dataset))
+                log.say("loss", f"{name} = {_formula(t.objective.weights)}")
                 if match is not None:
                     log.say("weights", str(match))
                 if found is None:

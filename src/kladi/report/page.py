@@ -117,6 +117,7 @@ def render(results: Results, atlas: Mapping[str, Any] | None, thumbnails: list[s
         summary=tables.summary(results),
         headline=tables.headline(results),
         regimes=tables.regimes(results),
+        glossary=tables.glossary(results),
         comparisons=tables.comparisons(results),
         methods=results.get("methods", []),
         data_facts=tables.data_facts(results),
@@ -127,6 +128,7 @@ def render(results: Results, atlas: Mapping[str, Any] | None, thumbnails: list[s
         atlas=atlas,
         has_images=bool(thumbnails),
         purity=tables.purity(atlas),
+        neighbours=tables.neighbours(atlas),
         provenance=tables.provenance(results),
         not_run=tables.not_run(results),
     )

@@ -31,6 +31,27 @@ REGIMES = {
 }
 
 
+GLOSSARY = {
+    "balanced_accuracy": "mean over the classes of the share answered right; chance is 1 / classes",
+    "macro_f1": "F1 of each class, averaged over the classes",
+    "auc": "area under the ROC curve, one class against the rest, averaged",
+    "hierarchical_f1": "F1 between the sets of ancestors of answer and truth, so that a near miss counts in part",
+    "hierarchical_f1_macro": "the same within each true class, averaged over the classes",
+    "tree_accuracy": "1 - distance in the tree between answer and truth over the largest there is, averaged",
+    "mistake_severity": "among the errors, mean height of the lowest common ancestor of answer and truth",
+    "parent_violation_rate": "share nearer to another prototype of their parent's depth than to their parent's",
+    "recall_at_1": "share of test images whose nearest training image has their class; at 5, one of the 5 nearest",
+    "mean_average_precision": "how far up a query's own class stands in the whole ranking",
+    "effective_rank": "exp of the entropy of the singular values: how many directions are used",
+    "std_mean": "spread of the directions over the dimensions; 1 is even, 0 a collapse",
+    "std_min": "the least spread of a dimension",
+    "dead_share": "share of dimensions that are constant",
+    "uniformity": "log mean Gaussian potential of pairs on the sphere; lower is more even",
+    "zero_rows": "images whose embedding is zero",
+}
+"""What a metric says, for a reader who meets it first here."""
+
+
 def summary(results: Results) -> list[str]:
     """What was done, in sentences."""
     study, data = results.get("study", {}), results.get("data", {})
@@ -43,13 +64,27 @@ def summary(results: Results) -> list[str]:
             f"An encoder {main.get('encoder', '')} pretrained with {objective}, {_count(main.get('epochs'), 'epoch')}."
         )
     patients = data.get("patients")
-    lines.append(f"{_count(data.get('images'), 'image')} of {_count(patients, 'patient')}.")
+    by = f" of {_count(patients, 'patient')}" if patients else ", no patient ids"
+    lines.append(f"{_count(data.get('images'), 'image')}{by}; {_scored(results)}.")
     splits = results.get("splits", {})
     if splits:
         lines.append(f"Split: {splits.get('kind', 'unknown')}, by {splits.get('group') or 'image (no patient ids)'}.")
     if study.get("pretrain"):
         lines.append(f"Patients of the evaluation, seen from pretraining: {study['pretrain']}.")
     return lines + _verdict(results)
+
+
+def _scored(results: Results) -> str:
+    """How many images a probe was scored on: the sum over the folds of a repeat, since each image is tested once."""
+    rows = [r for r in results.get("rows", []) if r["regime"] == "probe" and r.get("n") and r.get("value") is not None]
+    tested: dict[tuple[Any, ...], int] = {}
+    for row in rows:
+        key = (row["method"], row.get("repeat"), row.get("fold"))
+        tested[key] = max(tested.get(key, 0), row["n"])
+    first = next(iter(tested), None)
+    if first is None:
+        return "none scored by a probe"
+    return f"{sum(n for key, n in tested.items() if key[:2] == first[:2]):,} scored as test images"
 
 
 def _decides(comparison: Mapping[str, Any], results: Results) -> bool:
@@ -115,6 +150,12 @@ def regimes(results: Results) -> list[dict[str, Any]]:
     return out
 
 
+def glossary(results: Results) -> list[tuple[str, str]]:
+    """The metrics of this page that need a word."""
+    there = {row["metric"] for row in results.get("rows", [])}
+    return [(words(metric), meaning) for metric, meaning in GLOSSARY.items() if metric in there]
+
+
 def _said_once(rows: list[dict[str, Any]]) -> str:
     """What most values of a table rest on, said once below it; what rests on something else says so itself."""
     cells = [cell for row in rows for cell in row["cells"] if cell["raw"] is not None]
@@ -169,15 +210,20 @@ def labels(results: Results) -> list[tuple[str, str, str]]:
     return [(name, _thousands(images), _thousands(patients)) for name, (images, patients) in counts.items()]
 
 
-def purity(atlas: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """What the eye guesses from the map, as a number."""
+def purity(atlas: Mapping[str, Any] | None) -> list[tuple[str, str, str, str]]:
+    """What the eye guesses from the map, as numbers: column, share, share by chance, images."""
     if not atlas:
         return []
     return [
-        (name, f"{entry['value']:.2f} of the {entry['k']} nearest in the full space agree")
+        (name, f"{entry['value']:.2f}", f"{entry['chance']:.2f}", _thousands(entry["n"]))
         for name, entry in sorted(atlas.get("purity", {}).items())
         if entry.get("value") is not None
     ]
+
+
+def neighbours(atlas: Mapping[str, Any] | None) -> int | None:
+    """How many neighbours the purity looks at."""
+    return next((entry["k"] for entry in (atlas or {}).get("purity", {}).values()), None)
 
 
 def provenance(results: Results) -> list[tuple[str, str]]:

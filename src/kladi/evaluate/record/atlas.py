@@ -40,13 +40,28 @@ BURNT_IN_COLUMNS = ("burnt_in", "burned_in_annotation", "BurnedInAnnotation")
 
 @dataclass(frozen=True)
 class Atlas:
-    """Points and what colours them. `rows`: positions in the data set; `columns`: text of each point, "" unknown."""
+    """Points and what colours them.
+
+    rows: positions in the data set. columns: text of each point, "" unknown. purity: of each column but the split.
+    """
 
     kind: str
     rows: Int[np.ndarray, " n"]
     points: Float[np.ndarray, "n 2"]
     columns: dict[str, tuple[str, ...]]
-    purity: dict[str, float]
+    purity: dict[str, Purity]
+
+
+@dataclass(frozen=True)
+class Purity:
+    """Share of the NEIGHBOURS nearest images that agree, among `n` images that the encoder was not trained on.
+
+    chance: what it is where every image has random neighbours. value and chance are nan with too few images.
+    """
+
+    value: float
+    chance: float
+    n: int
 
 
 def draw(embeddings: Embeddings, *, seed: int = 0, most: int = MOST_POINTS, kind: str = "auto") -> Atlas:
@@ -64,7 +79,11 @@ def draw(embeddings: Embeddings, *, seed: int = 0, most: int = MOST_POINTS, kind
         kind = "umap" if find_spec("umap") is not None and len(rows) >= FEWEST_UMAP else "pca"
     points = _umap(vectors, seed) if kind == "umap" else _pca(vectors)
     columns = _columns(embeddings, rows)
-    agreement = {name: purity(vectors, _codes(values), k=NEIGHBOURS) for name, values in columns.items()}
+    # An encoder puts what it was trained on where its labels are: that would say nothing about other patients.
+    unseen = embeddings.split[rows] != TRAIN
+    agreement = {
+        name: _agreement(vectors[unseen], _codes(values)[unseen]) for name, values in columns.items() if name != "split"
+    }
     return Atlas(kind, rows, points, columns, agreement)
 
 
@@ -113,8 +132,8 @@ def write(embeddings: Embeddings, dataset: Dataset, folder: Path, *, seed: int =
         "points": [[round(float(x), 4), round(float(y), 4)] for x, y in atlas.points],
         "columns": {name: list(values) for name, values in atlas.columns.items()},
         "purity": {
-            name: {"k": NEIGHBOURS, "value": value if math.isfinite(value) else None}
-            for name, value in atlas.purity.items()
+            name: {"k": NEIGHBOURS, "value": _or_none(p.value), "chance": _or_none(p.chance), "n": p.n}
+            for name, p in atlas.purity.items()
         },
         "thumbnail": [int(place) if place >= 0 else None for place in places],
     }
@@ -152,6 +171,17 @@ def _columns(embeddings: Embeddings, rows: np.ndarray) -> dict[str, tuple[str, .
             found[name] = tuple(values[r] for r in rows)
     found["split"] = tuple(SPLIT_NAMES.get(int(s), "") for s in embeddings.split[rows])
     return {name: values for name, values in found.items() if len(set(values)) > 1 or name == "split"}
+
+
+def _agreement(vectors: Float[np.ndarray, "m F"], codes: Int[np.ndarray, " m"]) -> Purity:
+    known = codes[codes >= 0]
+    n, counts = len(known), np.bincount(known) if len(known) else np.zeros(1)
+    chance = float((counts * (counts - 1)).sum() / (n * (n - 1))) if n > NEIGHBOURS else math.nan
+    return Purity(purity(vectors, codes, k=NEIGHBOURS), chance, n)
+
+
+def _or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _names(names: tuple[str, ...], nodes: Int[np.ndarray, " n"]) -> tuple[str, ...]:
