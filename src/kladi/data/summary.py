@@ -91,7 +91,7 @@ def write_csv(findings: Iterable[Finding], path: Path) -> None:
     writer.writerow(["severity", "code", "row", "message"])
     for finding in findings:
         message = f"'{finding.message}" if finding.message[:1] in "=+-@\t\r" else finding.message
-        for row in finding.rows or ("",):
+        for row in dict.fromkeys(finding.rows) or ("",):  # frames of one file are one row
             writer.writerow([finding.severity, finding.code, row, message])
     path.write_text(out.getvalue(), encoding="utf-8")
 
