@@ -10,7 +10,7 @@ import pytest
 from kladi.evaluate import comparisons, metrics
 from kladi.evaluate.answers import Answers, Task, resampled, values
 from kladi.evaluate.baselines import BINS
-from kladi.evaluate.measure import Method, measure, parts_of
+from kladi.evaluate.measure import Method, measure, parts_of, resamples
 from kladi.evaluate.readouts.regimes import Part
 from kladi.evaluate.record import figures, results
 from kladi.evaluate.splits import TEST, TRAIN, VAL, make_splits, manifest_splits
@@ -105,7 +105,7 @@ def test_weights_of_one_give_every_value(found):
     measured = found[0]
     rows = {(r.regime, r.metric, r.fold, r.repeat): r.value for r in measured.rows}
     seen = set()
-    for one in measured.resamples:
+    for one in resamples(found[0], found[1]):
         value = one.of(np.ones((1, len(one.rows))))[0]
         expected = rows[one.regime, one.metric, one.fold, one.repeat]
         assert value == pytest.approx(expected, nan_ok=True), (one.regime, one.metric)

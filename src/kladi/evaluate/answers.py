@@ -69,6 +69,23 @@ class Answers:
 
 
 @dataclass(frozen=True)
+class RowMean:
+    """A metric that is a mean over test rows of one fold, row by row: what retrieval and prototypes' violations leave.
+
+    rows: int64[m], positions of the test rows. values: float64[m]. counted: bool[m], the rows that enter the mean.
+    """
+
+    method: str
+    regime: str
+    metric: str
+    fold: int
+    repeat: int
+    rows: Int[np.ndarray, " m"]
+    values: Float[np.ndarray, " m"]
+    counted: Bool[np.ndarray, " m"]
+
+
+@dataclass(frozen=True)
 class Value:
     """A number with what entered it: `rows` are positions. nan has a reason."""
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from kladi.evaluate import statistics
 from kladi.evaluate.answers import LOWER_IS_BETTER, PRIMARY, Task
 from kladi.evaluate.bootstrap import PatientDraws, draw_means, patient_draws, percentile_interval
-from kladi.evaluate.measure import Measured, Resample
+from kladi.evaluate.measure import Measured, Resample, resamples
 from kladi.evaluate.readouts.regimes import Part
 from kladi.evaluate.splits import TEST, TRAIN
 
@@ -47,7 +47,7 @@ def draw(
     patients = patient_draws(task.group[tested], task.target[tested], draws=draws, seed=seed)
     grouped: dict[Key, list[Resample]] = defaultdict(list)
     for one in measured:
-        for resample in one.resamples:
+        for resample in resamples(one, task):
             grouped[resample.method, resample.regime, resample.metric].append(resample)
     return {key: _drawn(found, tested, patients) for key, found in grouped.items()}
 

@@ -12,8 +12,9 @@ import numpy as np
 from jaxtyping import Float32, Int, UInt64
 
 from kladi.evaluate import baselines
-from kladi.evaluate.answers import PRIMARY, Answers, Task, Value, resampled, values
+from kladi.evaluate.answers import PRIMARY, Answers, RowMean, Task, Value, resampled, values
 from kladi.evaluate.bootstrap import Metric
+from kladi.evaluate.metrics import weighted
 from kladi.evaluate.readouts import regimes
 from kladi.evaluate.readouts.probe import LAMBDAS
 from kladi.evaluate.readouts.regimes import Answered, Found, Part, ProbeNotes, View
@@ -63,12 +64,21 @@ class Resample:
 
 @dataclass
 class Measured:
-    """Everything that was measured of a method: rows, the answers behind them, and what else must be said."""
+    """Everything that was measured of a method: rows, what they were computed from, and what else must be said."""
 
     rows: list[Row] = field(default_factory=list)
     answers: list[Answers] = field(default_factory=list)
-    resamples: list[Resample] = field(default_factory=list)
+    means: list[RowMean] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+
+
+def resamples(measured: Measured, task: Task) -> Iterator[Resample]:
+    """Every metric that gets an interval, fold by fold."""
+    for a in measured.answers:
+        for name, metric in resampled(a, task).items():
+            yield Resample(a.method, a.regime, name, a.fold, a.repeat, a.rows, metric)
+    for m in measured.means:
+        yield Resample(m.method, m.regime, m.metric, m.fold, m.repeat, m.rows, weighted.mean(m.values, m.counted))
 
 
 def parts_of(splits: Splits, row_id: UInt64[np.ndarray, " n"]) -> tuple[Part, ...]:
@@ -148,17 +158,12 @@ class _Keeper:
             self.out.answers.append(answered)
             for value in values(answered, self.task):
                 self._row(answered.regime, part, value, seconds)
-            for name, metric in resampled(answered, self.task).items():
-                self._resample(answered.regime, part, name, metric)
 
     def values(self, regime: str, found: list[Found], seconds: Seconds) -> None:
-        for part, value, metric in found:
+        for part, value, rows in found:
             self._row(regime, part, value, seconds)
-            if metric is not None:
-                self._resample(regime, part, value.metric, metric)
-
-    def _resample(self, regime: str, part: Part, name: str, metric: Metric) -> None:
-        self.out.resamples.append(Resample(self.method, regime, name, part.fold, part.repeat, part.rows(TEST), metric))
+            if rows is not None:
+                self.out.means.append(rows)
 
     def _row(self, regime: str, part: Part, value: Value, seconds: Seconds) -> None:
         self.out.rows.append(

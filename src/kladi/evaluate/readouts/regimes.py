@@ -13,9 +13,7 @@ import numpy as np
 from jaxtyping import Float32, Int
 
 from kladi.evaluate import metrics
-from kladi.evaluate.answers import Answers, Task, Value, said
-from kladi.evaluate.bootstrap import Metric
-from kladi.evaluate.metrics.weighted import mean
+from kladi.evaluate.answers import Answers, RowMean, Task, Value, said
 from kladi.evaluate.readouts import neighbours
 from kladi.evaluate.readouts.probe import choose, fit_probes
 from kladi.evaluate.splits import TEST, TRAIN, VAL
@@ -86,7 +84,7 @@ class ProbeNotes:
 
 
 Answered = tuple[Part, Answers]
-Found = tuple[Part, Value, Metric | None]
+Found = tuple[Part, Value, RowMean | None]
 
 
 def cannot(part: Part, task: Task) -> str:
@@ -153,7 +151,8 @@ def retrieval(view: View) -> Iterator[Found]:
         hits = {f"recall_at_{k}": (found.rank < k).astype(np.float64) for k in RECALLS}
         for name, hit in {**hits, "mean_average_precision": found.average_precision}.items():
             value = float(hit[there].mean()) if there.any() else float("nan")
-            yield part, Value(name, value, test[there], reason), mean(hit, there)
+            rows = RowMean(view.method, "retrieval", name, part.fold, part.repeat, test, hit, there)
+            yield part, Value(name, value, test[there], reason), rows
 
 
 def violations(view: View) -> Iterator[Found]:
@@ -171,8 +170,11 @@ def violations(view: View) -> Iterator[Found]:
             violated, counted = metrics.violations(points[test], true, tax, level, space.name, known, curvature, clip)
             value = float(violated[counted].mean()) if counted.any() else float("nan")
             reason = "" if counted.any() else "no row has a prototype of its own and a rival at this depth"
-            found = mean(violated.astype(np.float64), counted) if name == "parent_violation_rate" else None
-            yield part, Value(name, value, test[counted], reason), found
+            rows = None
+            if name == "parent_violation_rate":
+                hits = violated.astype(np.float64)
+                rows = RowMean(view.method, "prototype", name, part.fold, part.repeat, test, hits, counted)
+            yield part, Value(name, value, test[counted], reason), rows
 
 
 def health(view: View) -> Iterator[Found]:
