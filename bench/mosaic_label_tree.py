@@ -185,7 +185,7 @@ def compared(
     drawn: dict[comparisons.Key, comparisons.Drawn], pairs: list[tuple[str, str]], task: Task, parts: tuple[Part, ...]
 ) -> list[dict[str, Any]]:
     """Differences with intervals by patient. One split, so no test over folds: seeds on it are training noise."""
-    found = comparisons.compare(drawn, pairs, task, parts)
+    found = comparisons.settle(comparisons.compare(drawn, pairs, task, parts))
     for c in found:
         c.update(corrected_t_p=None, holm_p=None, wilcoxon_p=None, least_p=None, rank_biserial=None)
         sign, ends = (-1.0 if c["metric"] in LOWER_IS_BETTER else 1.0), c["interval"]

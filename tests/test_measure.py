@@ -388,7 +388,7 @@ def compared():
 def test_a_real_difference_is_found_and_said(compared):
     measured, task, parts = compared
     drawn = comparisons.draw(measured, task, parts, draws=300, seed=0)
-    found = comparisons.compare(drawn, [("encoder", "noise")], task, parts)
+    found = comparisons.settle(comparisons.compare(drawn, [("encoder", "noise")], task, parts))
     primary = next(c for c in found if c["regime"] == "probe" and c["metric"] == "balanced_accuracy")
     assert primary["verdict"] == "better"
     assert primary["holm_p"] == primary["corrected_t_p"] < 0.05
@@ -411,7 +411,7 @@ def test_a_real_difference_is_found_and_said(compared):
 def test_the_difference_is_the_mean_over_folds(compared):
     measured, task, parts = compared
     drawn = comparisons.draw(measured, task, parts, draws=50, seed=0)
-    found = comparisons.compare(drawn, [("encoder", "noise")], task, parts)
+    found = comparisons.settle(comparisons.compare(drawn, [("encoder", "noise")], task, parts))
     mine, theirs = (table(m)["knn", "accuracy"] for m in measured)
     expected = np.mean([a.value for a in mine]) - np.mean([b.value for b in theirs])
     c = next(c for c in found if c["regime"] == "knn" and c["metric"] == "accuracy")
@@ -421,7 +421,7 @@ def test_the_difference_is_the_mean_over_folds(compared):
 def test_a_method_against_itself_is_equal(compared):
     measured, task, parts = compared
     drawn = comparisons.draw(measured[:1], task, parts, draws=50, seed=0)
-    for c in comparisons.compare(drawn, [("encoder", "encoder")], task, parts):
+    for c in comparisons.settle(comparisons.compare(drawn, [("encoder", "encoder")], task, parts)):
         assert c["difference"] == 0
         assert c["interval"] == [0, 0]
         assert c["verdict"] == "equal within margin"
@@ -439,7 +439,7 @@ def test_one_official_split_has_an_interval_and_no_t():
     noise = np.random.default_rng(1).normal(size=features.shape).astype(np.float32)
     two = [measure(Method(n, f), task, parts, ks=(5,), lambdas=QUICK) for n, f in (("a", features), ("b", noise))]
     drawn = comparisons.draw(two, task, parts, draws=100, seed=0)
-    for c in comparisons.compare(drawn, [("a", "b")], task, parts):
+    for c in comparisons.settle(comparisons.compare(drawn, [("a", "b")], task, parts)):
         assert c["corrected_t_p"] is c["wilcoxon_p"] is c["holm_p"] is None
         assert c["verdict"] not in {"better", "worse"}
     for entry in comparisons.intervals(drawn, task, parts):

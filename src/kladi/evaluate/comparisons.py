@@ -77,17 +77,11 @@ def intervals(drawn: dict[Key, Drawn], task: Task, parts: tuple[Part, ...]) -> l
 
 
 def compare(
-    drawn: dict[Key, Drawn],
-    pairs: list[tuple[str, str]],
-    task: Task,
-    parts: tuple[Part, ...],
-    *,
-    margin: float = MARGIN,
+    drawn: dict[Key, Drawn], pairs: list[tuple[str, str]], task: Task, parts: tuple[Part, ...]
 ) -> list[dict[str, Any]]:
-    """One comparison for each (method, reference), regime and metric that both have.
+    """One comparison for each (method, reference), regime and metric that both have; `settle` gives the verdicts.
 
-    The family of Holm's correction is the primary metric of the probe against all references; everything else is
-    exploratory: an interval, no adjusted p, and at most a "leans". Over one official split there is no t test either.
+    Over one official split there is no test: an interval alone.
     """
     out = []
     for method, reference in pairs:
@@ -95,7 +89,23 @@ def compare(
             other = drawn.get((reference, regime, metric))
             if name == method and other is not None:
                 out.append(_comparison(found, other, (method, reference, regime, metric), task, parts))
-    family = [c for c in out if c["regime"] == PRIMARY_REGIME and c["metric"] == PRIMARY]
+    return out
+
+
+def settle(
+    found: list[dict[str, Any]],
+    *,
+    primary: str = PRIMARY,
+    regimes: Sequence[str] = (PRIMARY_REGIME,),
+    margin: float = MARGIN,
+) -> list[dict[str, Any]]:
+    """Holm's correction over the family, and the verdict of every comparison.
+
+    The family is the primary metric in `regimes`, over all methods, references and data sets in `found`. Everything
+    else is exploratory: an interval, no adjusted p, and at most a "leans".
+    """
+    out = [dict(comparison) for comparison in found]
+    family = [c for c in out if c["regime"] in regimes and c["metric"] == primary]
     p = np.array([c["corrected_t_p"] if c["corrected_t_p"] is not None else math.nan for c in family])
     for comparison, adjusted in zip(family, statistics.holm(p), strict=True):
         comparison["holm_p"] = _plain(float(adjusted))

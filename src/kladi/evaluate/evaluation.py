@@ -206,7 +206,7 @@ def _comparisons(
     if plan.task is None or not parts:
         return []
     pairs = [(method.control_of, method.name) for method in methods if method.control_of]
-    return comparisons.compare(drawn, pairs, plan.task, parts)
+    return comparisons.settle(comparisons.compare(drawn, pairs, plan.task, parts))
 
 
 def _write_predictions(path: Path, measured: list[Measured], own: Embeddings) -> None:
