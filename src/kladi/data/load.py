@@ -66,7 +66,7 @@ def inspect(data: str | Path, config: settings.Config) -> Inspection:
     """Read the manifest, check it, decode every image into the store; collect the faults instead of raising them."""
     rows = manifest.read(data, config.data)
     taxonomy, tree_findings = _taxonomy(rows, config.data)
-    supervised = config.objective.name in {"label_tree", "supcon"}
+    supervised = config.objective.name in {"label_tree", "supcon", "cross_entropy"}
     findings = [*rows.findings, *tree_findings, *checks.check(rows, config.data, taxonomy, supervised=supervised)]
     built, pixel_findings = store.build(
         [rows.root / path for path in rows.table["path"]],

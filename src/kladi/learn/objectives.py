@@ -22,6 +22,7 @@ from kladi.data.dataset import TRAIN, Dataset
 from kladi.data.views.batch import Batch, View
 from kladi.errors import UserError, suggestion
 from kladi.learn import plugin
+from kladi.learn.classifier import LinearClassifier
 from kladi.losses import (
     HierarchyWeightedContrastiveLoss,
     LevelAwareMarginLoss,
@@ -155,6 +156,13 @@ def supcon(
     return Supervised(encoder, projector, {**terms, **_view_term(views)})
 
 
+def cross_entropy(facts: Facts, encoder: nn.Module, projector: nn.Module) -> Supervised:
+    """Each label is a class (cross-entropy of a linear classifier on the projection); the tree is not used."""
+    _require_labels(facts, "cross_entropy")
+    loss = LinearClassifier(np.unique(facts.target[facts.target >= 0]).tolist(), _dim(projector))
+    return Supervised(encoder, projector, {"cross_entropy": Term(loss, LABEL)})
+
+
 def metadata(
     facts: Facts,
     encoder: nn.Module,
@@ -268,6 +276,7 @@ def resolved(name: str, facts: Facts) -> str:
 Preset = Callable[..., Supervised]
 PRESETS: dict[str, Preset] = {
     "auto": auto,
+    "cross_entropy": cross_entropy,
     "label_tree": label_tree,
     "metadata": metadata,
     "simclr": simclr,

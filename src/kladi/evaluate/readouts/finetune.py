@@ -1,0 +1,247 @@
+"""Fine-tuning: all layers of an encoder are trained on the task, from the head that a linear probe has found.
+
+Every method gets the same recipe and the same grid of learning rates, an untrained encoder too. Validation rows choose
+the scale of the learning rates and the step; test rows are read once, at the end.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int
+from torch import Tensor, nn
+from torch.nn import functional
+from typing_extensions import override
+
+from kladi import config as settings
+from kladi.data.dataset import Dataset
+from kladi.data.views import augment
+from kladi.data.views.batch import Batch
+from kladi.data.views.loader import Loader
+from kladi.evaluate import metrics
+from kladi.evaluate.answers import Answers, Task, column_of, said
+from kladi.evaluate.readouts.probe import Probes, choose, fit_probes
+from kladi.evaluate.readouts.regimes import Part, cannot
+from kladi.evaluate.splits import TEST, TRAIN, VAL
+from kladi.learn.training import learning_rate
+from kladi.models.backbones import Encoder
+
+CROP = (0.8, 1.0)
+BATCH = 256
+"""Rows at a time where nothing is learnt."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How all layers are trained, the same for every method.
+
+    steps: at least, and at least `epochs` passes over the training rows. batch: images a step.
+    encoder_lr, head_lr: peak learning rates, both times each of `scales`; the scale that is best on validation rows.
+    weight_decay: on weight matrices. warmup: share of the steps. clip: greatest gradient norm.
+    looks: times that validation rows are looked at, evenly spaced; the best state is kept.
+    """
+
+    steps: int = 1000
+    epochs: int = 30
+    batch: int = 32
+    encoder_lr: float = 1e-4
+    head_lr: float = 1e-3
+    scales: tuple[float, ...] = (0.3, 1.0, 3.0)
+    weight_decay: float = 0.05
+    warmup: float = 0.05
+    clip: float = 1.0
+    looks: int = 20
+
+
+class Classifier(nn.Module):
+    """An encoder and a linear head: images -> logits."""
+
+    def __init__(self, encoder: nn.Module, head: nn.Linear) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    @override
+    def forward(self, image: Float32[Tensor, "B C H W"]) -> Float32[Tensor, "B classes"]:
+        return self.head(self.encoder(image))
+
+
+@dataclass
+class _Best:
+    """The best state so far, copied: a reference would go on changing under the optimiser."""
+
+    score: tuple[float, float] = (-math.inf, -math.inf)
+    state: dict[str, Tensor] | None = None
+
+
+def fine_tune(
+    encoder: Encoder,
+    features: Float32[np.ndarray, "n F"],
+    dataset: Dataset,
+    task: Task,
+    part: Part,
+    config: settings.Config,
+    recipe: Recipe | None = None,
+    *,
+    method: str = "encoder",
+    seed: int = 0,
+    device: str = "cpu",
+) -> Answers | None:
+    """Train a copy of the encoder on the training rows of one fold, and answer its test rows.
+
+        AdamW on encoder and head, linear warm-up, cosine to zero, gradients clipped; crops of 80 to 100 % and the flips
+        that `config.augment` allows; batch statistics are learnt. Head at the start: the fold's linear probe.
+
+    Args:
+        encoder: left as it is.
+        features: of the frozen encoder, for the probe.
+        dataset: decoded by the encoder's intensity pipeline.
+        task: targets of its rows.
+        part: the fold.
+        config: `augment` flips and `intensity`.
+        recipe: None: the default one.
+        seed: of the order and the views.
+
+    Returns:
+        None where the fold has fewer than two classes to train on, or no test row.
+    """
+    if cannot(part, task):
+        return None
+    recipe = recipe or Recipe()
+    probes, problem = _probe(features, task, part)
+    best = _Best()
+    for scale in recipe.scales:
+        model = Classifier(copy.deepcopy(encoder), _head(probes, problem)).to(device)
+        _train(model, dataset, task, part, config, recipe, scale, probes.classes, seed, best)
+    model = Classifier(copy.deepcopy(encoder), _head(probes, problem)).to(device)
+    model.load_state_dict(best.state or model.state_dict())
+    test = part.rows(TEST)
+    scores = _log_probabilities(model, dataset, test, config.intensity).numpy().astype(np.float64)
+    pred = probes.classes[scores.argmax(axis=1)]
+    return Answers(method, "finetune", part.fold, part.repeat, test, pred, scores, probes.classes)
+
+
+def _probe(features: Float32[np.ndarray, "n F"], task: Task, part: Part) -> tuple[Probes, int]:
+    """The fold's probe, its penalty chosen on validation rows."""
+    probes = fit_probes(features, task.target, (part.of == TRAIN)[None])
+    val = part.rows(VAL)
+    scores = [
+        said(lambda p=p: metrics.balanced_accuracy(probes.predict(features[val], p), task.target[val]))[0]
+        for p in range(len(probes.lambdas))
+    ]
+    return probes, int(choose(np.array([scores]), probes.lambdas)[0])
+
+
+def _head(probes: Probes, problem: int) -> nn.Linear:
+    """The probe as a linear layer on raw features."""
+    weight, bias = probes.weight[problem], probes.intercept[problem]
+    head = nn.Linear(len(weight), len(bias))
+    with torch.no_grad():
+        head.weight.copy_(torch.from_numpy(weight.T))
+        head.bias.copy_(torch.from_numpy(bias))
+    return head
+
+
+def _train(
+    model: Classifier,
+    dataset: Dataset,
+    task: Task,
+    part: Part,
+    config: settings.Config,
+    recipe: Recipe,
+    scale: float,
+    classes: Int[np.ndarray, " C"],
+    seed: int,
+    best: _Best,
+) -> None:
+    """One run at one scale of the learning rates; what beats `best` on validation rows is copied into it."""
+    device = next(model.parameters()).device
+    loader = Loader(dataset, _views(config, recipe, seed), 1, device, rows=part.rows(TRAIN))
+    steps = max(recipe.steps, recipe.epochs * loader.steps)
+    optimizer = torch.optim.AdamW(_groups(model, recipe, scale))
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    code = torch.from_numpy(column_of(task.target, classes)).to(device)
+    look = max(1, steps // recipe.looks)
+    model.train()
+    for step, batch in enumerate(_batches(loader, steps)):
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = learning_rate(step, steps, peak, recipe.warmup)
+        loss = functional.cross_entropy(model(batch.views[0].image), code[batch.row])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimizer.step()
+        if (step + 1) % look == 0 or step + 1 == steps:
+            _keep(model, dataset, task, part.rows(VAL), config.intensity, classes, best)
+
+
+def _batches(loader: Loader, steps: int) -> Iterator[Batch]:
+    """The batches of as many epochs as it takes."""
+    epochs = (loader.epoch(number) for number in itertools.count())
+    return itertools.islice(itertools.chain.from_iterable(epochs), steps)
+
+
+def _keep(
+    model: Classifier,
+    dataset: Dataset,
+    task: Task,
+    val: Int[np.ndarray, " m"],
+    intensity: settings.Intensity,
+    classes: Int[np.ndarray, " C"],
+    best: _Best,
+) -> None:
+    """Higher balanced accuracy wins; of equals, which few validation rows give often, the smaller loss."""
+    log_p = _log_probabilities(model, dataset, val, intensity)
+    model.train()
+    true = task.target[val]
+    score = said(lambda: metrics.balanced_accuracy(classes[log_p.argmax(dim=1).numpy()], true))[0]
+    column = column_of(true, classes)
+    known = np.flatnonzero(column >= 0)
+    loss = float(-log_p[known, column[known]].mean()) if len(known) else math.inf
+    found = (score if math.isfinite(score) else -math.inf, -loss)
+    if best.state is None or found > best.score:
+        best.score, best.state = found, {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+@torch.no_grad()
+def _log_probabilities(
+    model: Classifier, dataset: Dataset, rows: Int[np.ndarray, " m"], intensity: settings.Intensity
+) -> Float32[Tensor, "m C"]:
+    """log softmax of whole, unaugmented images, in evaluation mode, on the CPU."""
+    device = next(model.parameters()).device
+    model.eval()
+    parts = [torch.zeros(0, model.head.out_features)]
+    for start in range(0, len(rows), BATCH):
+        index = rows[start : start + BATCH]
+        pixels = torch.from_numpy(dataset.store.gather(index)).to(device)
+        view = augment.plain(pixels, dataset.store.extent[index], intensity)
+        parts.append(functional.log_softmax(model(view).float(), dim=1).cpu())
+    return torch.cat(parts)
+
+
+def _views(config: settings.Config, recipe: Recipe, seed: int) -> settings.Config:
+    """Crops and allowed flips, and nothing else."""
+    off = dict.fromkeys(("rotation", "brightness", "contrast", "gamma", "saturation", "hue", "blur", "noise"), 0.0)
+    changed = {f"augment.{name}": value for name, value in off.items()}
+    return settings.override(
+        config,
+        {**changed, "augment.crop": CROP, "train.batch": recipe.batch, "train.seed": seed, "train.workers": 0},
+    )
+
+
+def _groups(model: Classifier, recipe: Recipe, scale: float) -> list[dict[str, Any]]:
+    """Encoder and head have their own learning rates; biases and normalisations, which are vectors, do not decay."""
+    groups: list[dict[str, Any]] = []
+    for module, lr in ((model.encoder, recipe.encoder_lr), (model.head, recipe.head_lr)):
+        for decay, chosen in (
+            (recipe.weight_decay, [p for p in module.parameters() if p.ndim > 1]),
+            (0.0, [p for p in module.parameters() if p.ndim <= 1]),
+        ):
+            groups.append({"params": chosen, "lr": lr * scale, "weight_decay": decay})
+    return groups
