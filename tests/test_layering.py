@@ -22,6 +22,7 @@ RANK = {
     "export": 5,
     "report": 5,
     "plan": 6,
+    "study": 6,
     "commands": 7,
     "cli": 8,
     "demo": 9,

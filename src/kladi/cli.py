@@ -144,6 +144,28 @@ def evaluate(run: Run, data: Data, /, *overrides: Overrides, out: Path, taxonomy
 
 
 @app.command
+def compare(study: Path, /, *, out: Path, workers: int = 1, force_unlock: Switch = False) -> int:
+    """Compare initialisations under one protocol. Example: kladi compare study.toml --out studies/a
+
+    Runs what is missing, so that a killed study goes on with the same command.
+
+    Parameters
+    ----------
+    study:
+        A TOML file of methods, tasks, regimes, folds and controls; docs/study.md has one to start from.
+    out:
+        Folder of runs, cells, results.json and report.html.
+    workers:
+        Processes that train and measure side by side.
+    force_unlock:
+        Take over a folder whose lock belongs to a machine that is gone.
+    """
+    from kladi import commands
+
+    return commands.compare(study, out, workers=workers, force_unlock=force_unlock)
+
+
+@app.command
 def report(path: Path, /, *, out: Path | None = None) -> int:
     """Draw report.html again from results.json alone. Example: kladi report runs/a/eval
 

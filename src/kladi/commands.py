@@ -143,6 +143,17 @@ def evaluate(run: Path, data: Path, out: Path, overrides: Mapping[str, str]) -> 
     return 0
 
 
+def compare(path: Path, out: Path, *, workers: int, force_unlock: bool) -> int:
+    """Run what is missing of a study, and draw its report."""
+    from kladi.report import page
+    from kladi.study.compare import compare as compared
+
+    _head("compare", str(path), "no network")
+    compared(path, out, workers=workers, say=_message, force_unlock=force_unlock)
+    _line("wrote", f"{out}/results.json, {page.write(out, None)}")
+    return 0
+
+
 def report(path: Path, out: Path | None) -> int:
     """Draw the page again."""
     from kladi.report import page

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -15,7 +15,7 @@ from kladi.evaluate import baselines
 from kladi.evaluate.answers import PRIMARY, Answers, RowMean, Task, Value, resampled, values
 from kladi.evaluate.bootstrap import Metric
 from kladi.evaluate.metrics import weighted
-from kladi.evaluate.readouts import regimes
+from kladi.evaluate.readouts import regimes as readouts
 from kladi.evaluate.readouts.probe import LAMBDAS
 from kladi.evaluate.readouts.regimes import Answered, Found, Part, ProbeNotes, View
 from kladi.evaluate.record.results import Row
@@ -24,6 +24,8 @@ from kladi.losses import geometry as spaces
 
 T = TypeVar("T")
 Seconds = tuple[float, float]
+REGIMES = ("probe", "knn", "prototype", "retrieval", "representation")
+"""All that reads embeddings."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,10 @@ def measure(
     seed: int = 0,
     config_digest: str = "",
     lambdas: tuple[float, ...] = LAMBDAS,
+    label_fraction: float = 1.0,
+    regimes: Collection[str] = REGIMES,
 ) -> Measured:
-    """All regimes of one method under the given folds.
+    """The regimes of one method under the given folds.
 
     Args:
         method: the representation.
@@ -110,23 +114,28 @@ def measure(
         seed: kept in the rows.
         config_digest: kept in the rows.
         lambdas: penalties to choose from on validation rows.
+        label_fraction: kept in the rows; the folds themselves say who is trained on.
+        regimes: of `REGIMES`.
 
     A fold in which a regime cannot be run, say with one class to train on, gives a row with a reason, never an error.
     """
     out, notes = Measured(), ProbeNotes()
-    keep = _Keeper(out, method.name, task, seed, config_digest)
+    keep = _Keeper(out, method.name, task, seed, config_digest, label_fraction)
     view = _view(method, task, parts)
     for regime, run in (
-        ("probe", partial(regimes.probe, lambdas=lambdas, notes=notes)),
-        ("knn", partial(regimes.knn, ks=ks)),
-        ("prototype", regimes.prototype),
+        ("probe", partial(readouts.probe, lambdas=lambdas, notes=notes)),
+        ("knn", partial(readouts.knn, ks=ks)),
+        ("prototype", readouts.prototype),
     ):
-        keep.unable(regime, view)
-        keep.answers(*_timed(run, view))
-    keep.values("retrieval", *_timed(regimes.retrieval, view))
-    if task.has_levels:
-        keep.values("prototype", *_timed(regimes.violations, view))
-    keep.values("representation", *_timed(regimes.health, view))
+        if regime in regimes:
+            keep.unable(regime, view)
+            keep.answers(*_timed(run, view))
+    if "retrieval" in regimes:
+        keep.values("retrieval", *_timed(readouts.retrieval, view))
+    if "prototype" in regimes and task.has_levels:
+        keep.values("prototype", *_timed(readouts.violations, view))
+    if "representation" in regimes:
+        keep.values("representation", *_timed(readouts.health, view))
     out.warnings += notes.warnings(method.name, len(lambdas))
     return out
 
@@ -143,13 +152,15 @@ def _view(method: Method, task: Task, parts: tuple[Part, ...]) -> View:
 class _Keeper:
     """Turns what was found into rows, each with its n, its patients and its share of the time."""
 
-    def __init__(self, out: Measured, method: str, task: Task, seed: int, config_digest: str) -> None:
+    def __init__(
+        self, out: Measured, method: str, task: Task, seed: int, config_digest: str, label_fraction: float
+    ) -> None:
         self.out, self.method, self.task = out, method, task
-        self.seed, self.config_digest = seed, config_digest
+        self.seed, self.config_digest, self.label_fraction = seed, config_digest, label_fraction
 
     def unable(self, regime: str, view: View) -> None:
         for part in view.parts:
-            reason = regimes.cannot(part, self.task)
+            reason = readouts.cannot(part, self.task)
             if reason:
                 self._row(regime, part, Value(PRIMARY, float("nan"), part.rows(TEST), reason), (0.0, 0.0))
 
@@ -178,6 +189,7 @@ class _Keeper:
                 fold=part.fold,
                 repeat=part.repeat,
                 seed=self.seed,
+                label_fraction=self.label_fraction,
                 reason=value.reason,
                 config_digest=self.config_digest,
                 wall_seconds=seconds[0],

@@ -1,4 +1,4 @@
-"""Plain supervision: which of C classes an image is of. A head and its criterion in one, for it is learnt and dropped."""
+"""Plain supervision: which of C classes an image is of. Head and criterion in one: both are dropped afterwards."""
 
 from __future__ import annotations
 

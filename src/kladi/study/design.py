@@ -43,9 +43,9 @@ from typing import Any
 
 from kladi import config as settings
 from kladi.errors import UserError, suggestion
+from kladi.evaluate.measure import REGIMES as FROZEN
 from kladi.evaluate.readouts.finetune import Recipe
 
-FROZEN = ("probe", "knn", "retrieval", "prototype")
 REGIMES = (*FROZEN, "finetune")
 PRIMARIES = ("balanced_accuracy", "auc", "accuracy", "macro_f1")
 NOT_PRETRAINED = "none"
@@ -55,6 +55,7 @@ OF_THE_STUDY = ("data", "intensity", "evaluate")
 """Sections that all methods of a study share: other pixels or rows would be another study."""
 CONTROLS = (
     "shuffled_metadata",
+    "shuffled_metadata_within_site",
     "shuffled_tree",
     "shuffled_labels",
     "matched_temperature",

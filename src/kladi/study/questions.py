@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,12 +24,14 @@ class Asked:
     """A task and its folds: fold k of repeat r is the same for every method.
 
     warnings: classes that were merged or dropped, and folds that lack one.
+    digest: SHA-256 of the rows, their targets and their folds.
     """
 
     task: Task
     splits: Splits
     parts: tuple[Part, ...]
     warnings: tuple[str, ...]
+    digest: str
 
 
 def ask(question: Question, dataset: Dataset, unseen: Bool[np.ndarray, " n"], study: Study) -> Asked:
@@ -61,7 +64,9 @@ def ask(question: Question, dataset: Dataset, unseen: Bool[np.ndarray, " n"], st
     if splits.folds < study.folds:
         warnings.append(f"{question.name}: {splits.folds} folds, as the rarest class has no more patients")
     warnings += [f"{question.name}: {lack}" for lack in splits.missing]
-    return Asked(task, splits, parts_of(splits, dataset.row_id), tuple(warnings))
+    said = hashlib.sha256(f"{splits.digest} {taxonomy.digest}".encode())
+    said.update(task.target[np.argsort(dataset.row_id)].astype("<i8").tobytes())
+    return Asked(task, splits, parts_of(splits, dataset.row_id), tuple(warnings), said.hexdigest())
 
 
 def fewer_labels(part: Part, asked: Asked, dataset: Dataset, fraction: float, seed: int) -> Part:

@@ -1,0 +1,220 @@
+"""The arms of a study: its methods and the controls that stand under them, each with the settings of its pretraining.
+
+An arm and a seed have a folder `runs/<arm>-<seed>-<digest>`: another setting or other data is another folder, so that
+nothing is ever reused for what it is not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kladi import config as settings
+from kladi.data.dataset import TRAIN, Dataset
+from kladi.errors import UserError
+from kladi.evaluate import baselines
+from kladi.evaluate.controls import shuffled_leaves
+from kladi.evaluate.embed import Embeddings, describe, embed
+from kladi.evaluate.evaluation import random_encoder
+from kladi.learn import console, run_folder, training
+from kladi.learn.fit import fit
+from kladi.models import backbones, heads
+from kladi.study.design import NOT_PRETRAINED, Study
+from kladi.study.questions import over_patients
+
+TEMPERATURES = (0.5, 0.7, 1.0, 1.4, 2.0)
+"""Factors of the temperature at which SupCon stands against a weighted loss."""
+SITES = ("site", "source")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of the comparison.
+
+    config: of its pretraining, the seed apart.
+    kind: "pretrained", "given" (weights from a file), "random" (none), "histogram", or "shuffled_labels" (the
+        reference's embeddings, with training labels that mean nothing).
+    shuffled: what pretraining sees dealt out anew: "metadata", "tree" or nothing.
+    control_of: the method whose control it is, "" for none.
+    """
+
+    name: str
+    config: settings.Config
+    kind: str
+    shuffled: str = ""
+    control_of: str = ""
+
+    @property
+    def drawn(self) -> bool:
+        """Whether another seed is another encoder."""
+        return self.kind in {"pretrained", "random", "shuffled_labels"}
+
+    def seeded(self, seed: int) -> settings.Config:
+        return settings.override(self.config, {"train.seed": seed})
+
+    def digest(self, seed: int, data_digest: str) -> str:
+        """Over everything that decides this arm's embeddings."""
+        weights = self.config.init.weights
+        given = hashlib.sha256(Path(weights).read_bytes()).hexdigest() if weights else ""
+        said = [self.kind, self.shuffled, run_folder.config_digest(self.seeded(seed)), data_digest, given]
+        return hashlib.sha256("\n".join(said).encode()).hexdigest()
+
+
+def arms(study: Study) -> tuple[Arm, ...]:
+    """Every method, its controls directly under it.
+
+    Raises:
+        UserError: a control that no method has a use for, or unequal budgets where `equal_budget` is asked for.
+    """
+    found: list[Arm] = []
+    used: set[str] = set()
+    for method in study.methods:
+        config = settings.override(study.config, method.settings)
+        arm = Arm(method.name, config, _kind(config))
+        found.append(arm)
+        for control in study.controls:
+            under = _under(arm, control, study)
+            used |= {control} if under else set()
+            found += under
+    idle = [c for c in study.controls if c not in used | {"equal_budget"}]
+    if idle:
+        raise UserError(f'control "{idle[0]}" has no use: no method of this study has what it shuffles')
+    names = [arm.name for arm in found]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise UserError(f'two lines of the study are called "{min(twice)}"')
+    if "equal_budget" in study.controls:
+        _require_equal_budget(found)
+    return tuple(found)
+
+
+def prepare(arm: Arm, seed: int, dataset: Dataset, folder: Path, device: str) -> Embeddings:
+    """The arm's embeddings of all rows: pretrained, embedded and kept in `folder`, or read from there."""
+    file = folder / "embeddings.npz"
+    if file.is_file():
+        return Embeddings.read(file)
+    if arm.kind == "histogram":
+        embedded = describe(dataset, baselines.grey_features(dataset, arm.config.intensity))
+    else:
+        encoder = encoder_of(arm, seed, dataset, folder)
+        head = heads.load(folder) if arm.kind == "pretrained" else None
+        embedded = embed(encoder, dataset, head=head, intensity=arm.config.intensity, device=device)
+    embedded.write(file)
+    return embedded
+
+
+def encoder_of(arm: Arm, seed: int, dataset: Dataset, folder: Path) -> backbones.Encoder:
+    """The encoder with which fine-tuning starts; pretraining happens here, and goes on where it was stopped."""
+    if arm.kind == "pretrained":
+        if not (folder / "model.safetensors").is_file():
+            config = arm.seeded(seed)
+            seen = shuffled(arm, seed, dataset)
+            fit(seen, config, folder, resume=run_folder.begun(folder), progress=console.Silent())
+        return backbones.load(folder)
+    encoder = random_encoder(arm.config.encoder, arm.config.intensity, seed=seed)
+    if arm.kind == "given":
+        backbones.load_weights(encoder, arm.config.init.weights)
+    return encoder
+
+
+def shuffled(arm: Arm, seed: int, dataset: Dataset) -> Dataset:
+    """What pretraining sees: the data, or with metadata or leaves dealt out anew among the training rows."""
+    rows = np.flatnonzero(dataset.split == TRAIN)
+    generator = np.random.default_rng([seed, 0x73687566])
+    if arm.shuffled == "tree":
+        if dataset.taxonomy is None:
+            raise UserError("shuffled_tree needs labels")
+        used = np.unique(dataset.target[rows][dataset.target[rows] >= 0])
+        place, _ = shuffled_leaves(dataset.taxonomy, used, seed)
+        return dataclasses.replace(
+            dataset, target=np.where(dataset.target >= 0, place[np.maximum(dataset.target, 0)], -1)
+        )
+    if arm.shuffled.startswith("metadata"):
+        sets = dataset.label_sets
+        if sets is None:
+            raise UserError("shuffled_metadata needs metadata: settings.data.metadata")
+        dealt = sets.class_id.copy()
+        for part in _sites(dataset, rows) if arm.shuffled == "metadata_within_site" else [rows]:
+            dealt[part] = over_patients(sets.class_id[part], dataset.group[part], generator)
+        return dataclasses.replace(dataset, label_sets=dataclasses.replace(sets, class_id=dealt))
+    return dataset
+
+
+def images_seen(arm: Arm, dataset: Dataset) -> int:
+    """Images that pretraining looks at, each view of one counted once."""
+    if arm.kind != "pretrained":
+        return 0
+    batch = min(arm.config.train.batch, int((dataset.split == TRAIN).sum()))
+    steps = max(1, int((dataset.split == TRAIN).sum()) // arm.config.train.batch) * arm.config.train.epochs
+    return batch * min(steps, arm.config.train.max_steps or steps)
+
+
+def device_of(config: settings.Config) -> str:
+    """The device that the study's settings ask for."""
+    fabric = training.device(config.train)
+    return str(fabric.device)
+
+
+def _kind(config: settings.Config) -> str:
+    if config.objective.name != NOT_PRETRAINED:
+        return "pretrained"
+    return "given" if config.init.weights else "random"
+
+
+def _under(arm: Arm, control: str, study: Study) -> list[Arm]:
+    """The arms that a control adds under a method."""
+    objective, of = arm.config.objective.name, {"control_of": arm.name}
+    is_reference = arm.name == study.reference
+    if control in {"shuffled_metadata", "shuffled_metadata_within_site"} and objective == "metadata":
+        return [
+            Arm(f"{arm.name}, {control}", arm.config, "pretrained", shuffled=control.removeprefix("shuffled_"), **of)
+        ]
+    if control == "shuffled_tree" and objective == "label_tree":
+        return [Arm(f"{arm.name}, {control}", arm.config, "pretrained", shuffled="tree", **of)]
+    if control == "matched_temperature" and objective == "label_tree":
+        usual = float(arm.config.objective.args.get("temperature", 0.1))
+        bare = dataclasses.replace(arm.config, objective=settings.Objective("supcon"))
+        return [
+            Arm(
+                f"supcon, T {factor * usual:g}",
+                settings.override(bare, {"objective.args": {"temperature": factor * usual}}),
+                "pretrained",
+                **of,
+            )
+            for factor in TEMPERATURES
+        ]
+    if control == "random_encoder" and is_reference:
+        untrained = dataclasses.replace(arm.config, objective=settings.Objective(NOT_PRETRAINED), init=settings.Init())
+        return [Arm(control, untrained, "random", **of)]
+    if control in {"histogram", "shuffled_labels"} and is_reference:
+        return [Arm(control, arm.config, control, **of)]
+    return []
+
+
+def _require_equal_budget(found: list[Arm]) -> None:
+    """Epochs and batch are the budget, since all see the same rows."""
+    budgets = {a.name: (a.config.train.epochs, a.config.train.batch) for a in found if a.kind == "pretrained"}
+    if len(set(budgets.values())) > 1:
+        said = "; ".join(f"{name} {epochs} epochs of {batch}" for name, (epochs, batch) in budgets.items())
+        raise UserError(f"equal_budget: the methods differ in epochs or batch: {said}")
+
+
+def _sites(dataset: Dataset, rows: np.ndarray) -> list[np.ndarray]:
+    """The rows of each site or source."""
+    name = next((name for name in SITES if name in dataset.columns), None)
+    if name is None:
+        raise UserError(f"shuffled_metadata_within_site needs a column {' or '.join(SITES)}")
+    site = np.unique(np.array(dataset.columns[name])[rows], return_inverse=True)[1]
+    return [rows[site == number] for number in range(int(site.max()) + 1)]
+
+
+def threads(workers: int) -> None:
+    """This process' share of the cores."""
+    import os
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, workers)))

@@ -1,0 +1,288 @@
+"""`kladi compare`: pretrain what is missing, measure what is missing, and put all of it into one results.json.
+
+    compare(Path("study.toml"), Path("S"))
+
+A killed study goes on with the same command: finished runs and cells are read again, an unfinished run is resumed.
+Cells fan out over processes through joblib: loky here, or whatever backend the caller has set (Ray, Dask).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+
+from kladi.data.dataset import TRAIN
+from kladi.errors import RunStopped
+from kladi.evaluate import comparisons
+from kladi.evaluate.measure import Measured
+from kladi.evaluate.record import account, results
+from kladi.evaluate.splits import TEST, find_leaks, refuse_leaks
+from kladi.evaluate.splits import TRAIN as TRAINED
+from kladi.learn import lock, run_folder
+from kladi.study import arms as every
+from kladi.study import cells
+from kladi.study.arms import Arm
+from kladi.study.cells import Cell, Context
+
+Say = Callable[[str], None]
+DECIDING = ("probe", "finetune")
+"""Regimes whose primary metric is in the family that Holm's correction is made over."""
+
+
+def compare(path: Path, out: Path, *, workers: int = 1, say: Say | None = None, force_unlock: bool = False) -> Path:
+    """Run what is missing of a study and write its results.
+
+    Args:
+        path: study.toml.
+        out: folder of the study; made where missing, readable by its owner alone.
+        workers: processes that train and measure side by side, each with its share of the cores. Another number may
+            change the last bits of a training, as another number of threads does.
+        say: told what is being done.
+        force_unlock: take over a lock whose machine is gone.
+
+    Returns:
+        The path of results.json.
+
+    Raises:
+        UserError: a mistake in the study or its data, a leak, or a folder in use.
+        RunStopped: an outside cause; everything finished so far is kept.
+    """
+    started, say = datetime.now(UTC), say or _silent
+    out = out.absolute()
+    run_folder.make(out)
+    with lock.held(out, force_unlock):
+        every.threads(workers)
+        context = cells.context(path.absolute(), out)
+        _refuse_leaks(context)
+        for name, asked in context.asked.items():
+            asked.splits.write(out / "splits" / f"{name}.json")
+        missing = [pair for pair in _encoders(context) if not _is_prepared(context, *pair)]
+        _fan_out(
+            _prepare, [(path.absolute(), out, arm.name, seed) for arm, seed in missing], workers, say, _named_encoder
+        )
+        todo = [cell for cell in cells.cells(context) if cells.done(cell, context) is None]
+        _fan_out(_measure, [(path.absolute(), out, cell) for cell in todo], workers, say, _named_cell)
+        say("compare    every method with its reference")
+        return results.write(_assembled(context, started), out)
+
+
+# --- what is run -----------------------------------------------------------------------------------------------------
+
+
+def _encoders(context: Context) -> list[tuple[Arm, int]]:
+    """The longest first, so that no process is left alone with it at the end."""
+    pairs = [(a, seed) for a in context.arms if a.kind != "shuffled_labels" for seed in context.seeds(a)]
+    return sorted(pairs, key=lambda pair: pair[0].kind != "pretrained")
+
+
+def _is_prepared(context: Context, arm: Arm, seed: int) -> bool:
+    return (context.run_of(arm, seed) / "embeddings.npz").is_file()
+
+
+def _prepare(path: Path, out: Path, name: str, seed: int) -> None:
+    """One encoder and its embeddings, in whatever process this is."""
+    context = cells.context(path, out)
+    cells.prepared(context.arm(name), seed, context)
+
+
+def _measure(path: Path, out: Path, cell: Cell) -> None:
+    cells.run(cell, cells.context(path, out))
+
+
+def _named_encoder(order: tuple[Any, ...]) -> str:
+    return f"encoder    {order[2]} seed {order[3]}"
+
+
+def _named_cell(order: tuple[Any, ...]) -> str:
+    return f"measure    {order[2]}"
+
+
+def _fan_out(
+    work: Callable[..., None],
+    orders: Sequence[tuple[Any, ...]],
+    workers: int,
+    say: Say,
+    named: Callable[[tuple[Any, ...]], str],
+) -> None:
+    """All orders, each said when it is done, with what is left by the pace so far."""
+    if not orders:
+        return
+    begin = time.monotonic()
+    if workers == 1:
+        done = (_called(work, number, order, 1) for number, order in enumerate(orders))
+    else:
+        parallel = joblib.Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch=workers)
+        done = parallel(joblib.delayed(_called)(work, number, order, workers) for number, order in enumerate(orders))
+    for count, number in enumerate(done, start=1):
+        left = (time.monotonic() - begin) / count * (len(orders) - count)
+        say(f"{named(orders[number])}  ({count:,} of {len(orders):,}{_left(left)})")
+
+
+def _called(work: Callable[..., None], number: int, order: tuple[Any, ...], workers: int) -> int:
+    """In a worker: its share of the cores, then the work."""
+    every.threads(workers)
+    work(*order)
+    return number
+
+
+def _left(seconds: float) -> str:
+    if seconds < 1:
+        return ""
+    return f", about {seconds:.0f} s left" if seconds < 90 else f", about {seconds / 60:.0f} min left"
+
+
+def _refuse_leaks(context: Context) -> None:
+    """A patient or picture in two parts of a fold, or one that a pretraining has seen: every one is listed."""
+    data = context.dataset
+    pretrained = any(arm.kind == "pretrained" for arm in context.arms)
+    seen = np.isin(data.group, data.group[data.split == TRAIN]) if pretrained else np.zeros(len(data), dtype=bool)
+    for asked in context.asked.values():
+        leaks = find_leaks(
+            asked.splits,
+            data.row_id,
+            data.group,
+            data.store.pixel_digest,
+            data.manifest_row,
+            seen if pretrained else None,
+        )
+        refuse_leaks(leaks, allow=context.study.config.data.allow_leak)
+
+
+# --- what is said ----------------------------------------------------------------------------------------------------
+
+
+def _assembled(context: Context, started: datetime) -> dict[str, Any]:
+    """results.json: every row, and the comparisons of every question."""
+    study = context.study
+    found: dict[str, list[Measured]] = {name: [] for name in context.asked}
+    for cell in cells.cells(context):
+        measured = cells.done(cell, context)
+        if measured is None:
+            raise RunStopped(f"{cell}: its file is gone or damaged; the same command measures it again")
+        found[cell.question].append(measured)
+    compared: list[dict[str, Any]] = []
+    intervals: list[dict[str, Any]] = []
+    for name, asked in context.asked.items():
+        drawn = comparisons.draw(found[name], asked.task, asked.parts, draws=study.bootstrap, seed=study.seed)
+        compared += comparisons.compare(drawn, _pairs(context), asked.task, asked.parts)
+        intervals += comparisons.intervals(drawn, asked.task, asked.parts)
+    settled = comparisons.settle(compared, primary=study.primary, regimes=DECIDING, margin=study.margin)
+    everything = [one for parts in found.values() for one in parts]
+    return results.assemble(
+        [row for one in everything for row in one.rows],
+        study=_study(context),
+        provenance=account.provenance(started, context.device),
+        data=_data(context, everything),
+        splits=_splits(context),
+        methods=[_method(arm, context) for arm in context.arms],
+        comparisons=settled,
+        figures={"intervals": intervals, "lower_is_better": sorted(comparisons.LOWER_IS_BETTER)},
+    )
+
+
+def _pairs(context: Context) -> list[tuple[str, str]]:
+    """Every arm against the reference; a method of another reference also against its own controls."""
+    reference = context.study.reference
+    pairs = [(arm.name, reference) for arm in context.arms if arm.name != reference]
+    return pairs + [
+        (arm.control_of, arm.name) for arm in context.arms if arm.control_of and arm.control_of != reference
+    ]
+
+
+def _study(context: Context) -> dict[str, Any]:
+    study = context.study
+    return {
+        "name": study.name,
+        "digest": study.digest,
+        "command": "kladi compare study.toml --out S",
+        "primary_metric": study.primary,
+        "reference": study.reference,
+        "family": [
+            f"{study.primary}, {regime}, {task}, {arm.name} against {study.reference}"
+            for regime in DECIDING
+            if regime in study.regimes
+            for task in context.asked
+            for arm in context.arms
+            if arm.name != study.reference
+        ],
+        "margin": study.margin,
+        "pretrain": "held-out",
+        "regimes": list(study.regimes),
+        "tasks": list(context.asked),
+        "seeds": study.seeds,
+    }
+
+
+def _data(context: Context, measured: list[Measured]) -> dict[str, Any]:
+    data = context.dataset
+    labels: dict[str, list[int]] = {}
+    for name, asked in context.asked.items():
+        task = asked.task
+        for node in np.unique(task.target[task.target >= 0]):
+            rows = np.flatnonzero(task.target == node)
+            labels[f"{name}: {task.taxonomy.names[node]}"] = [len(rows), task.patients(rows)]
+    return {
+        "digest": context.data_digest,
+        "taxonomy_digest": data.taxonomy.digest if data.taxonomy is not None else None,
+        "images": len(data),
+        "patients": len(np.unique(data.group)) if data.has_patients else None,
+        "labels": labels,
+        "excluded": {},
+        "warnings": list(dict.fromkeys([*context.warnings, *(w for one in measured for w in one.warnings)])),
+    }
+
+
+def _splits(context: Context) -> dict[str, Any]:
+    parts = [
+        {
+            "task": name,
+            "fold": part.fold,
+            "repeat": part.repeat,
+            "part": word,
+            "images": len(part.rows(number)),
+            "patients": asked.task.patients(part.rows(number)),
+        }
+        for name, asked in context.asked.items()
+        for part in asked.parts
+        for number, word in ((TRAINED, "train"), (TEST, "test"))
+    ]
+    return {
+        "digest": {name: asked.splits.digest for name, asked in context.asked.items()},
+        "kind": "folds",
+        "folds": context.study.folds,
+        "repeats": context.study.repeats,
+        "group": "patient" if context.dataset.has_patients else None,
+        "parts": parts,
+    }
+
+
+def _method(arm: Arm, context: Context) -> dict[str, Any]:
+    data, config = context.dataset, arm.config
+    trained = arm.kind == "pretrained"
+    reads_labels = trained and config.objective.name not in {"simclr", "metadata"}
+    labels = int(((data.split == TRAIN) & (data.target >= 0)).sum()) if reads_labels else 0
+    return {
+        "method": arm.name,
+        "objective": config.objective.name if trained else None,
+        "init": arm.kind,
+        "shuffled": arm.shuffled or None,
+        "encoder": config.encoder.name
+        if arm.kind != "histogram"
+        else "64-bin grey histogram and 64 components of pixels",
+        "epochs": config.train.epochs if trained else 0,
+        "images_seen": every.images_seen(arm, data),
+        "labels_in_pretraining": None if arm.kind == "given" else labels,
+        "seeds": len(context.seeds(arm)),
+        "config_digest": run_folder.config_digest(config),
+        "control_of": arm.control_of or None,
+    }
+
+
+def _silent(text: str) -> None:
+    """Nobody listens."""

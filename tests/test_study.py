@@ -1,0 +1,348 @@
+"""A study from its file to its results: what is compared, resumed, refused, and what controls must show."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kladi import toy
+from kladi.errors import UserError
+from kladi.evaluate.measure import Measured
+from kladi.evaluate.record import results
+from kladi.evaluate.splits import TEST, TRAIN, UNUSED, VAL
+from kladi.study import arms, cells, design, questions, record
+from kladi.study.compare import compare
+
+TOML = """
+name = "toy"
+data = "manifest.csv"
+reference = "simclr"
+regimes = ["probe"]
+folds = 3
+repeats = 2
+seeds = 2
+bootstrap = 100
+controls = ["random_encoder", "histogram", "shuffled_labels"]
+
+[settings]
+data.metadata = ["modality", "anatomy"]
+data.held_out = 0.5
+data.store = "store"
+intensity.size = 16
+encoder.name = "test_efficientnet"
+encoder.projector = [16, 8]
+train.batch = 16
+train.epochs = 1
+
+[methods.simclr]
+objective.name = "simclr"
+[methods.scratch]
+objective.name = "none"
+
+[tasks.shape]
+below = "round"
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    before = {name: os.environ.get(name) for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME")}
+    os.environ.update({name: str(home) for name in before})
+    cells.context.cache_clear()
+    yield
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture(scope="module")
+def ward(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    toy.write(folder, 120, size=24, seed=0)
+    (folder / "study.toml").write_text(TOML)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(ward):
+    compare(ward / "study.toml", ward / "S")
+    return ward / "S"
+
+
+def changed(folder, *pairs, name="other.toml"):
+    text = TOML
+    for old, new in pairs:
+        assert old in text
+        text = text.replace(old, new)
+    (folder / name).write_text(text)
+    return folder / name
+
+
+# --- the file ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('reference = "simclr"', 'reference = "simcrl"', r'"simcrl" is no method; closest: "simclr"'),
+        ('regimes = ["probe"]', 'regimes = ["prob"]', r'regimes has "prob".*closest: "probe"'),
+        ("repeats = 2", "repeat = 2", r'repeat is no key of a study; closest: "repeats"'),
+        ("folds = 3", "folds = 2", r"folds = 2: takes a whole number of 3 or more"),
+        ("seeds = 2", "seeds = 3", r"seeds = 3 needs as many repeats"),
+        ('controls = ["random_encoder"', 'controls = ["random_encodr"', r'closest: "random_encoder"'),
+        ("[methods.scratch]", "[methods.scratch]\nintensity.size = 32", r"intensity.size is the same for all methods"),
+        ("train.epochs = 1", "train.epoch = 1", r"train.epoch is not a key; closest: .*train.epochs"),
+        (
+            'below = "round"',
+            'below = "round"\ncolumn = "modality"',
+            r"takes one of classes, below and column; it has 2",
+        ),
+        ('data = "manifest.csv"\n', "", r"data is missing"),
+        ('name = "toy"', "name = 3", r"name = 3 is no text"),
+    ],
+)
+def test_a_mistake_is_named_with_the_closest_word(ward, old, new, said):
+    with pytest.raises(UserError, match=said):
+        design.read(changed(ward, (old, new)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('below = "round"', 'below = "rond"', r'task shape: "rond" is no node; closest: "round"'),
+        ('below = "round"', 'column = "modalty"', r'no column "modalty"; closest: "modality"'),
+        ('below = "round"', 'classes = {a = ["round"], b = ["round/disc"]}', r'"round/disc.*" is in two classes'),
+        ('"histogram"', '"shuffled_tree"', r'control "shuffled_tree" has no use'),
+    ],
+)
+def test_a_mistake_that_only_the_data_show_is_named_too(ward, old, new, said):
+    with pytest.raises(UserError, match=said):
+        compare(changed(ward, (old, new)), ward / "never")
+
+
+def test_the_digest_knows_every_decision_and_no_path(ward, tmp_path):
+    study = design.read(ward / "study.toml")
+    moved = dataclasses.replace(study, data=tmp_path / "elsewhere.csv")
+    assert moved.digest == study.digest
+    for old, new in (("repeats = 2", "repeats = 4"), ("train.epochs = 1", "train.epochs = 2"), ('"histogram", ', "")):
+        assert design.read(changed(ward, (old, new))).digest != study.digest
+
+
+# --- the results -------------------------------------------------------------------------------------------------
+
+
+def test_every_method_under_the_same_folds_against_the_reference(finished):
+    content = results.read(finished)
+    names = ["simclr", "random_encoder", "histogram", "shuffled_labels", "scratch"]
+    assert [m["method"] for m in content["methods"]] == names
+    rows = [r for r in content["rows"] if r["metric"] == "balanced_accuracy"]
+    for name in names:
+        assert sorted((r["repeat"], r["fold"]) for r in rows if r["method"] == name) == [
+            (repeat, fold) for repeat in range(2) for fold in range(3)
+        ]
+    # Repeat r is of pretraining seed r mod 2; what is not drawn has one seed.
+    assert {(r["repeat"], r["seed"]) for r in rows if r["method"] == "simclr"} == {(0, 0), (1, 1)}
+    assert {r["seed"] for r in rows if r["method"] == "histogram"} == {0}
+    compared = {(c["method"], c["reference"]) for c in content["comparisons"]}
+    assert compared == {(name, "simclr") for name in names[1:]}
+    decided = [c for c in content["comparisons"] if c["holm_p"] is not None]
+    assert {c["metric"] for c in decided} == {"balanced_accuracy"}
+    assert len(decided) == 4
+    assert content["study"]["digest"] == design.read(finished.parent / "study.toml").digest
+    assert all(r["n"] > 0 and r["n_patients"] > 0 for r in rows)
+
+
+def test_a_second_run_computes_nothing_and_gives_the_same_digest(finished, monkeypatch):
+    before = results.read(finished)["digest"]
+    monkeypatch.setattr(cells, "run", lambda *a: pytest.fail("measured again"))
+    monkeypatch.setattr(arms, "prepare", lambda *a: pytest.fail("prepared again"))
+    compare(finished.parent / "study.toml", finished)
+    assert results.read(finished)["digest"] == before
+
+
+def test_two_runs_of_one_seed_give_the_same_results(finished, ward):
+    compare(ward / "study.toml", ward / "again")
+    assert results.read(ward / "again")["digest"] == results.read(finished)["digest"]
+
+
+def test_a_damaged_cell_is_measured_again(finished):
+    before = results.read(finished)["digest"]
+    cell = sorted((finished / "cells").iterdir())[0]
+    cell.write_bytes(cell.read_bytes()[:200])
+    compare(finished.parent / "study.toml", finished)
+    assert results.read(finished)["digest"] == before
+
+
+def test_another_setting_is_never_answered_from_old_cells(finished, ward):
+    path = changed(ward, ("train.epochs = 1", "train.epochs = 2"))
+    said = []
+    compare(path, finished, say=said.append)
+    assert sum("encoder    simclr" in line for line in said) == 2
+    assert len(list((finished / "runs").glob("simclr-0-*"))) == 2
+
+
+@pytest.mark.slow
+def test_killed_at_any_time_it_goes_on_to_the_same_results(ward, finished, tmp_path):
+    command = [sys.executable, "-m", "kladi", "compare", str(ward / "study.toml"), "--out", str(tmp_path / "S")]
+    rng, kills = np.random.default_rng(0), 0
+    for _ in range(40):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+        time.sleep(float(rng.uniform(3, 14)))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        _, err = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, err.decode()
+    assert process.returncode == 0
+    assert kills >= 1
+    compare(ward / "study.toml", ward / "S")
+    assert results.read(tmp_path / "S")["digest"] == results.read(ward / "S")["digest"]
+
+
+@pytest.mark.slow
+def test_processes_side_by_side_measure_what_one_does(ward, tmp_path):
+    """Embeddings of encoders that nothing trains: the same bits whatever the number of threads."""
+    path = changed(ward, ('objective.name = "simclr"', 'objective.name = "none"'), name="still.toml")
+    compare(path, tmp_path / "one")
+    compare(path, tmp_path / "two", workers=2)
+    one, two = results.read(tmp_path / "one"), results.read(tmp_path / "two")
+    for a, b in zip(one["rows"], two["rows"], strict=True):
+        assert a["metric"] == b["metric"]
+        assert a["value"] == pytest.approx(b["value"], abs=1e-6) if a["value"] is not None else b["value"] is None
+
+
+# --- leaks and controls ------------------------------------------------------------------------------------------
+
+
+def test_a_patient_on_both_sides_is_refused(ward):
+    lines = (ward / "manifest.csv").read_text().splitlines()
+    split = ["split", *(("train", "test")[i % 2] for i in range(len(lines) - 1))]
+    (ward / "torn.csv").write_text("\n".join(f"{line},{part}" for line, part in zip(lines, split, strict=True)))
+    with pytest.raises(UserError, match="in two splits"):
+        compare(changed(ward, ("manifest.csv", "torn.csv")), ward / "torn")
+
+
+def test_shuffled_labels_are_dealt_over_patients_and_tests_keep_the_truth():
+    data = toy.dataset(n=90, size=16)
+    study = design.from_tables({"data": "x", "methods": {"m": {}}, "folds": 3, "repeats": 1, "seeds": 1}, Path())
+    asked = questions.ask(design.Question("label"), data, np.ones(90, dtype=bool), study)
+    part = asked.parts[0]
+    dealt = questions.shuffled_labels(asked, part, seed=0)
+    rows, rest = part.rows(TRAIN), np.flatnonzero(part.of != TRAIN)
+    assert (dealt[rest] == asked.task.target[rest]).all()
+    assert sorted(dealt[rows]) == sorted(asked.task.target[rows])
+    assert (dealt[rows] != asked.task.target[rows]).mean() > 0.5
+
+
+def test_metadata_is_dealt_over_patients_with_equal_counts():
+    data = toy.dataset(n=90, size=16)
+    config = design.from_tables({"data": "x", "methods": {"m": {"objective": {"name": "metadata"}}}}, Path()).config
+    arm = arms.Arm("metadata, shuffled", config, "pretrained", shuffled="metadata")
+    dealt = arms.shuffled(arm, 0, data)
+    rows = data.split == TRAIN
+    before, after = data.label_sets.class_id, dealt.label_sets.class_id
+    assert sorted(before[rows]) == sorted(after[rows])
+    assert (before[~rows] == after[~rows]).all()
+    assert (before[rows] != after[rows]).mean() > 0.3
+    assert (arms.shuffled(arm, 0, data).label_sets.class_id == after).all()
+    assert (arms.shuffled(arm, 1, data).label_sets.class_id != after).any()
+
+
+def test_one_image_a_patient_is_a_plain_permutation_and_counts_are_kept():
+    values, group = np.arange(20), np.arange(20)
+    dealt = questions.over_patients(values, group, np.random.default_rng(0))
+    assert sorted(dealt) == list(range(20))
+    assert (dealt != values).any()
+
+
+def test_fewer_labels_are_nested_stratified_and_of_whole_patients():
+    data = toy.dataset(n=240, size=16)
+    study = design.from_tables({"data": "x", "methods": {"m": {}}, "folds": 5, "repeats": 2, "seeds": 1}, Path())
+    asked = questions.ask(design.Question("label"), data, np.ones(240, dtype=bool), study)
+    part = asked.parts[0]
+    all_patients = set(data.group[part.of == TRAIN])
+    kept = {}
+    for share in (0.01, 0.1, 0.5):
+        fewer = questions.fewer_labels(part, asked, data, share, seed=0)
+        kept[share] = set(data.group[fewer.of == TRAIN])
+        assert (fewer.of[part.of == TEST] == TEST).all()
+        assert (fewer.of[part.of == VAL] == VAL).all()
+        gone = (part.of == TRAIN) & (fewer.of == UNUSED)
+        assert not kept[share] & set(data.group[gone])
+    assert kept[0.01] <= kept[0.1] <= kept[0.5] < all_patients
+    other = questions.fewer_labels(asked.parts[5], asked, data, 0.1, seed=0)
+    assert set(data.group[other.of == TRAIN]) != kept[0.1]
+
+
+# --- the tasks ---------------------------------------------------------------------------------------------------
+
+
+def test_a_task_is_classes_or_a_subtree_or_a_column():
+    data = toy.dataset(n=90, size=16)
+    study = design.from_tables({"data": "x", "methods": {"m": {}}, "folds": 3, "repeats": 1, "seeds": 1}, Path())
+    everyone = np.ones(90, dtype=bool)
+    names = np.array(data.taxonomy.names)
+
+    below = questions.ask(design.Question("b", below="round"), data, everyone, study).task
+    inside = np.char.startswith(names[data.target], "round/")
+    assert ((below.target >= 0) == inside).all()
+    assert "round" not in below.taxonomy.names
+    assert "round/disc" in below.taxonomy.names
+    assert (np.array(below.taxonomy.names)[below.target[inside]] == names[data.target[inside]]).all()
+
+    flat = {"ring": ("round/ring",), "else": ("angular", "round/disc/plain")}
+    classes = questions.ask(design.Question("c", flat), data, everyone, study).task
+    is_ring = np.char.startswith(names[data.target], "round/ring")
+    assert (np.array(classes.taxonomy.names)[classes.target[is_ring]] == "ring").all()
+    assert (classes.target[names[data.target] == "round/disc/striped"] == -1).all()
+
+    column = questions.ask(design.Question("d", column="modality"), data, everyone, study).task
+    assert [column.taxonomy.names[t] for t in column.target] == list(data.columns["modality"])
+
+
+def test_only_rows_that_pretraining_has_not_seen_are_asked():
+    data = toy.dataset(n=90, size=16)
+    study = design.from_tables({"data": "x", "methods": {"m": {}}, "folds": 3, "repeats": 1, "seeds": 1}, Path())
+    asked = questions.ask(design.Question("m", column="modality"), data, data.split != TRAIN, study)
+    assert not (asked.task.target[data.split == TRAIN] >= 0).any()
+
+
+# --- cells -------------------------------------------------------------------------------------------------------
+
+
+def test_a_cell_comes_back_as_it_was(finished):
+    context = cells.context((finished.parent / "study.toml").absolute(), finished.absolute())
+    cell = cells.cells(context)[0]
+    cells.run(cell, context)
+    measured = cells.done(cell, context)
+    path = finished / "copy.npz"
+    record.write(path, measured, "d")
+    again = record.read(path, "d")
+    assert again.rows == measured.rows
+    for a, b in zip(again.answers, measured.answers, strict=True):
+        np.testing.assert_array_equal(a.scores, b.scores)
+        np.testing.assert_array_equal(a.pred, b.pred)
+    assert record.read(path, "e") is None
+    path.write_bytes(b"PK nothing")
+    assert record.read(path, "d") is None
+    record.write(path, Measured(), "d")
+    assert record.read(path, "d") == Measured()
+    path.unlink()
+
+
+def test_no_path_and_no_patient_in_what_is_kept(finished):
+    whole = b"".join(p.read_bytes() for p in finished.rglob("*") if p.is_file())
+    for secret in (str(finished.parent), "p0003"):
+        assert secret.encode() not in whole
+    assert json.loads((finished / "results.json").read_text())["study"]["command"] == "kladi compare study.toml --out S"
