@@ -1,5 +1,12 @@
 """Types of `kladi` are executed in tests: every annotated shape and dtype is checked at each call."""
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores. Two that each spin on all of them while they wait took forty times as long.
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+
 from jaxtyping import install_import_hook
 
 hook = install_import_hook("kladi", "beartype.beartype")

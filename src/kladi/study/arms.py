@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from kladi import config as settings
 from kladi.data.dataset import TRAIN, Dataset
@@ -211,10 +210,3 @@ def _sites(dataset: Dataset, rows: np.ndarray) -> list[np.ndarray]:
         raise UserError(f"shuffled_metadata_within_site needs a column {' or '.join(SITES)}")
     site = np.unique(np.array(dataset.columns[name])[rows], return_inverse=True)[1]
     return [rows[site == number] for number in range(int(site.max()) + 1)]
-
-
-def threads(workers: int) -> None:
-    """This process' share of the cores."""
-    import os
-
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, workers)))

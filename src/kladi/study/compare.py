@@ -16,6 +16,7 @@ from typing import Any
 
 import joblib
 import numpy as np
+import torch
 
 from kladi.data.dataset import TRAIN
 from kladi.errors import RunStopped
@@ -57,7 +58,6 @@ def compare(path: Path, out: Path, *, workers: int = 1, say: Say | None = None, 
     out = out.absolute()
     run_folder.make(out)
     with lock.held(out, force_unlock):
-        every.threads(workers)
         context = cells.context(path.absolute(), out)
         _refuse_leaks(context)
         for name, asked in context.asked.items():
@@ -125,8 +125,9 @@ def _fan_out(
 
 
 def _called(work: Callable[..., None], number: int, order: tuple[Any, ...], workers: int) -> int:
-    """In a worker: its share of the cores, then the work."""
-    every.threads(workers)
+    """The work; in one process of several with its share of the cores."""
+    if workers > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     work(*order)
     return number
 
