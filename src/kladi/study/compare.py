@@ -8,6 +8,7 @@ Cells fan out over processes through joblib: loky here, or whatever backend the 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
