@@ -38,7 +38,7 @@ def atlas_data(atlas: Mapping[str, Any] | None) -> dict[str, Any]:
     """What the page's script needs to recolour the map and to show an image on hover."""
     if not atlas:
         return {}
-    columns = {name: [plain(v) for v in values] for name, values in atlas["columns"].items()}
+    columns = {name: [plain(v) for v in values] for name, values in atlas.get("columns", {}).items()}
     return {"columns": columns, "thumbnail": atlas.get("thumbnail") or [], "colours": list(COLOURS)}
 
 
@@ -47,7 +47,8 @@ def plain(text: str) -> str:
     return html.escape(str(text), quote=True)
 
 
-def _figure(traces: list[dict[str, Any]], x: str, y: str, **layout: Any) -> Figure | None:
+def figure_of(traces: list[dict[str, Any]], x: str, y: str, **layout: Any) -> Figure | None:
+    """Traces in the page's own style, with the titles of both axes; None where there is nothing to draw."""
     if not traces:
         return None
     axis = {"gridcolor": "#e6eaee", "zerolinecolor": "#c8d0d8", "linecolor": "#c8d0d8", "rangemode": "tozero"}
@@ -97,7 +98,7 @@ NOT_LOSSES = {"step", "epoch", "lr", "seconds", "images_per_second", "grad_norm"
 def _curves(curves: list[Mapping[str, Any]]) -> Figure | None:
     names = sorted({key for line in curves for key in line} - NOT_LOSSES, key=lambda n: (n != "loss", n))
     names = [n for n in names if not n.startswith(("idle", "std", "rank"))]
-    return _figure(_lines(_over_steps(curves, names)), "step", "loss")
+    return figure_of(_lines(_over_steps(curves, names)), "step", "loss")
 
 
 def _rate(curves: list[Mapping[str, Any]]) -> Figure | None:
@@ -105,7 +106,7 @@ def _rate(curves: list[Mapping[str, Any]]) -> Figure | None:
     traces = _lines({{"lr": "learning rate", "grad_norm": "gradient norm"}[k]: v for k, v in series.items()})
     for trace in traces[1:]:
         trace["yaxis"] = "y2"
-    return _figure(
+    return figure_of(
         traces,
         "step",
         "learning rate",
@@ -115,7 +116,7 @@ def _rate(curves: list[Mapping[str, Any]]) -> Figure | None:
 
 def _idle(curves: list[Mapping[str, Any]]) -> Figure | None:
     names = sorted({key for line in curves for key in line if key.startswith("idle")})
-    return _figure(_lines(_over_steps(curves, names)), "step", "share of anchors without a positive")
+    return figure_of(_lines(_over_steps(curves, names)), "step", "share of anchors without a positive")
 
 
 def _monitors(monitors: list[Mapping[str, Any]]) -> Figure | None:
@@ -132,7 +133,7 @@ def _monitors(monitors: list[Mapping[str, Any]]) -> Figure | None:
     alarm = [_rule(ALARM_STD, "y", "alarm: std")] if spreads else []
     if ranks:
         alarm.append(_rule(ALARM_RANK, "y2", "alarm: rank"))
-    return _figure(
+    return figure_of(
         traces,
         "step",
         "standard deviation a dimension",
@@ -167,7 +168,7 @@ def _levels(levels: Mapping[str, list[Any]], y: str = "accuracy") -> Figure | No
         }
         for i, (method, values) in enumerate(levels.items())
     ]
-    return _figure(traces, "", y, barmode="group")
+    return figure_of(traces, "", y, barmode="group")
 
 
 def _severity(severity: Mapping[str, Any]) -> Figure | None:
@@ -182,7 +183,7 @@ def _severity(severity: Mapping[str, Any]) -> Figure | None:
         }
         for i, (method, values) in enumerate(counts.items())
     ]
-    return _figure(traces, "height of the lowest common ancestor of truth and answer", "errors", barmode="group")
+    return figure_of(traces, "height of the lowest common ancestor of truth and answer", "errors", barmode="group")
 
 
 def _confusion(confusion: Mapping[str, Any]) -> Figure | None:
@@ -205,7 +206,7 @@ def _confusion(confusion: Mapping[str, Any]) -> Figure | None:
         "zmax": 1,
         "colorbar": {"title": {"text": "share of row"}, "thickness": 12},
     }
-    figure = _figure([trace], "answer", "truth", height=max(360, 26 * len(names) + 220))
+    figure = figure_of([trace], "answer", "truth", height=max(360, 26 * len(names) + 220))
     if figure is not None:
         longest = max(len(name) for name in names)
         figure["layout"]["yaxis"].update(
@@ -239,7 +240,7 @@ def _map(atlas: Mapping[str, Any] | None) -> Figure | None:
         "y": y,
         "marker": {"size": 6, "color": COLOURS[0], "opacity": 0.8},
     }
-    figure = _figure([trace], "", "", height=560, legend={"orientation": "v", "itemsizing": "constant"})
+    figure = figure_of([trace], "", "", height=560, legend={"orientation": "v", "itemsizing": "constant"})
     if figure is not None:
         for axis in ("xaxis", "yaxis"):
             figure["layout"][axis] = {"showticklabels": False, "showgrid": False, "zeroline": False}

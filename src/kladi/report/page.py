@@ -22,7 +22,7 @@ import jinja2
 from plotly.offline import get_plotlyjs
 
 from kladi.errors import UserError
-from kladi.report import figures, tables
+from kladi.report import comparison, figures, tables
 
 Results = Mapping[str, Any]
 FORMAT, VERSION = "kladi-results", 1
@@ -99,7 +99,9 @@ def render(results: Results, atlas: Mapping[str, Any] | None, thumbnails: list[s
     """
     assets = files("kladi.report") / "assets"
     plotly, script = get_plotlyjs(), (assets / "page.js").read_text(encoding="utf-8")
-    drawn = figures.all_figures(results, atlas)
+    panels = comparison.panels(atlas)
+    drawn = {**figures.all_figures(results, atlas), **comparison.figures(results)}
+    drawn |= {f"panel{i}": panel["figure"] for i, panel in enumerate(panels) if panel["figure"] is not None}
     data = {"figures": drawn, "thumbnails": thumbnails or [], "atlas": figures.atlas_data(atlas)}
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: (assets / name).read_text(encoding="utf-8")),
@@ -116,6 +118,9 @@ def render(results: Results, atlas: Mapping[str, Any] | None, thumbnails: list[s
         title=_title(results),
         summary=tables.summary(results),
         headline=tables.headline(results),
+        study=comparison.table(results),
+        panels=panels,
+        colour=(atlas or {}).get("colour", ""),
         regimes=tables.regimes(results),
         glossary=tables.glossary(results),
         comparisons=tables.comparisons(results),

@@ -57,7 +57,14 @@ def summary(results: Results) -> list[str]:
     study, data = results.get("study", {}), results.get("data", {})
     methods = results.get("methods", [])
     lines = []
-    if methods:
+    if study.get("tasks"):
+        controls = sum(bool(m.get("control_of")) for m in methods)
+        lines.append(
+            f"{_count(len(methods) - controls, 'method')} and {_count(controls, 'control')} on "
+            f"{_count(len(study['tasks']), 'task')} ({', '.join(study['tasks'])}); "
+            f"{_count(study.get('seeds'), 'pretraining seed')}."
+        )
+    elif methods:
         main = methods[0]
         objective = main.get("objective") or "no objective"
         lines.append(
@@ -79,7 +86,7 @@ def _scored(results: Results) -> str:
     rows = [r for r in results.get("rows", []) if r["regime"] == "probe" and r.get("n") and r.get("value") is not None]
     tested: dict[tuple[Any, ...], int] = {}
     for row in rows:
-        key = (row["method"], row.get("repeat"), row.get("fold"))
+        key = (row["method"], row.get("repeat"), row.get("dataset"), row.get("fold"))
         tested[key] = max(tested.get(key, 0), row["n"])
     first = next(iter(tested), None)
     if first is None:
@@ -90,13 +97,13 @@ def _scored(results: Results) -> str:
 def _decides(comparison: Mapping[str, Any], results: Results) -> bool:
     """Whether it is the primary metric of the probe; everything else explores."""
     primary = results.get("study", {}).get("primary_metric") or "balanced_accuracy"
-    return comparison.get("metric") == primary and comparison.get("regime") == "probe"
+    return comparison.get("metric") == primary and comparison.get("regime") in {"probe", "finetune"}
 
 
 def _verdict(results: Results) -> list[str]:
     """Whether pretraining beat its controls, in the words of the statistics."""
     decisive = [c for c in results.get("comparisons", []) if _decides(c, results)]
-    if not decisive:
+    if not decisive or results.get("study", {}).get("tasks"):  # a study says it in its table
         return []
     said = []
     for c in decisive:
@@ -109,7 +116,9 @@ def _verdict(results: Results) -> list[str]:
 
 
 def headline(results: Results) -> list[dict[str, str]]:
-    """The primary metric of each method, as large for one that lost as for one that won."""
+    """The primary metric of each method, as large for one that lost as for one that won; a study has its table."""
+    if results.get("study", {}).get("tasks"):
+        return []
     primary = results.get("study", {}).get("primary_metric") or "balanced_accuracy"
     cells = _cells(results)
     regimes_there = list(dict.fromkeys(key[1] for key in cells if key[2] == primary))
@@ -131,8 +140,13 @@ def headline(results: Results) -> list[dict[str, str]]:
 
 
 def regimes(results: Results) -> list[dict[str, Any]]:
-    """One table a regime: a row a method, a column a metric."""
-    cells = _cells(results)
+    """One table a task and regime: a row a method, a column a metric."""
+    every = list(dict.fromkeys(str(row.get("dataset") or "") for row in results.get("rows", [])))
+    return [one for task in every for one in _regimes_of(task, results, named=len(every) > 1)]
+
+
+def _regimes_of(task: str, results: Results, *, named: bool) -> list[dict[str, Any]]:
+    cells = _cells(results, task)
     names = list(dict.fromkeys(key[1] for key in cells))
     out = []
     for regime in sorted(names, key=lambda r: list(REGIMES).index(r) if r in REGIMES else 99):
@@ -146,6 +160,7 @@ def regimes(results: Results) -> list[dict[str, Any]]:
         if regime != "representation":  # there more is not better
             _mark_best(rows, metrics)
         title, basis = REGIMES.get(regime, regime), _said_once(rows)
+        title = f"{task}: {title[0].lower()}{title[1:]}" if named else title
         out.append({"name": title, "basis": basis, "metrics": [words(m) for m in metrics], "rows": rows})
     return out
 
@@ -173,11 +188,12 @@ def comparisons(results: Results) -> list[dict[str, Any]]:
     out = []
     for c in results.get("comparisons", []):
         interval = c.get("interval")
+        tasks = [str(c.get("dataset"))] if results.get("study", {}).get("tasks") else []
         out.append(
             {
                 "method": str(c.get("method")),
                 "reference": str(c.get("reference")),
-                "what": f"{words(str(c.get('metric')))}, {c.get('regime')}",
+                "what": ", ".join([*tasks[:1], words(str(c.get("metric"))), str(c.get("regime"))]),
                 "difference": _signed(c.get("difference")),
                 "interval": f"[{_signed(interval[0])}, {_signed(interval[1])}]" if interval else "none",
                 "kind": str(c.get("interval_kind") or ""),
@@ -223,7 +239,8 @@ def purity(atlas: Mapping[str, Any] | None) -> list[tuple[str, str, str, str]]:
 
 def neighbours(atlas: Mapping[str, Any] | None) -> int | None:
     """How many neighbours the purity looks at."""
-    return next((entry["k"] for entry in (atlas or {}).get("purity", {}).values()), None)
+    found = [atlas or {}, *(atlas or {}).get("panels", [])]
+    return next((entry["k"] for one in found for entry in one.get("purity", {}).values()), None)
 
 
 def provenance(results: Results) -> list[tuple[str, str]]:
@@ -272,10 +289,11 @@ def spread(rows: Iterable[Mapping[str, Any]]) -> float | None:
     return math.sqrt(sum((v - centre) ** 2 for v in values) / (len(values) - 1))
 
 
-def _cells(results: Results) -> dict[tuple[str, str, str], list[Mapping[str, Any]]]:
+def _cells(results: Results, task: str | None = None) -> dict[tuple[str, str, str], list[Mapping[str, Any]]]:
     cells: dict[tuple[str, str, str], list[Mapping[str, Any]]] = defaultdict(list)
     for row in results.get("rows", []):
-        cells[row["method"], row["regime"], row["metric"]].append(row)
+        if row.get("label_fraction", 1.0) == 1.0 and task in {None, str(row.get("dataset") or "")}:
+            cells[row["method"], row["regime"], row["metric"]].append(row)
     return cells
 
 

@@ -22,8 +22,9 @@ import torch
 from kladi.data.dataset import TRAIN
 from kladi.errors import RunStopped
 from kladi.evaluate import comparisons
+from kladi.evaluate.embed import Embeddings
 from kladi.evaluate.measure import Measured
-from kladi.evaluate.record import account, results
+from kladi.evaluate.record import account, atlas, results
 from kladi.evaluate.splits import TEST, find_leaks, refuse_leaks
 from kladi.evaluate.splits import TRAIN as TRAINED
 from kladi.learn import lock, run_folder
@@ -70,7 +71,10 @@ def compare(path: Path, out: Path, *, workers: int = 1, say: Say | None = None, 
         todo = [cell for cell in cells.cells(context) if cells.done(cell, context) is None]
         _fan_out(_measure, [(path.absolute(), out, cell) for cell in todo], workers, say, _named_cell)
         say("compare    every method with its reference")
-        return results.write(_assembled(context, started), out)
+        content = _assembled(context, started)
+        say("map        at most 2,000 images a method")
+        atlas.write_panels(_mapped(context), out, seed=context.study.seed)
+        return results.write(content, out)
 
 
 # --- what is run -----------------------------------------------------------------------------------------------------
@@ -195,6 +199,12 @@ def _pairs(context: Context) -> list[tuple[str, str]]:
     return pairs + [
         (arm.control_of, arm.name) for arm in context.arms if arm.control_of and arm.control_of != reference
     ]
+
+
+def _mapped(context: Context) -> list[tuple[str, Embeddings]]:
+    """The first seed of every encoder."""
+    arms = [arm for arm in context.arms if arm.kind in {"pretrained", "given", "random"}]
+    return [(arm.name, cells.prepared(arm, 0, context)) for arm in arms]
 
 
 def _study(context: Context) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import io
 import json
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -129,12 +130,9 @@ def write(embeddings: Embeddings, dataset: Dataset, folder: Path, *, seed: int =
     places = np.where(visible, np.cumsum(visible) - 1, -1)
     content: dict[str, Any] = {
         "kind": atlas.kind,
-        "points": [[round(float(x), 4), round(float(y), 4)] for x, y in atlas.points],
+        "points": _rounded(atlas),
         "columns": {name: list(values) for name, values in atlas.columns.items()},
-        "purity": {
-            name: {"k": NEIGHBOURS, "value": _or_none(p.value), "chance": _or_none(p.chance), "n": p.n}
-            for name, p in atlas.purity.items()
-        },
+        "purity": _purities(atlas),
         "thumbnail": [int(place) if place >= 0 else None for place in places],
     }
     write_private(folder / "map.json", json.dumps(content, sort_keys=True, allow_nan=False).encode())
@@ -144,6 +142,35 @@ def write(embeddings: Embeddings, dataset: Dataset, folder: Path, *, seed: int =
     else:
         pictures.unlink(missing_ok=True)  # of an earlier evaluation into the same folder
     return atlas
+
+
+def write_panels(
+    methods: Sequence[tuple[str, Embeddings]], folder: Path, *, seed: int = 0, kind: str = "auto", colour: str = ""
+) -> None:
+    """`map.json` of several methods: the same images in one panel each, with what colours them all.
+
+    Args:
+        methods: name and embeddings of the same rows, at least one.
+        folder: beside results.json.
+        seed: of the sample and the layouts.
+        kind: as in `draw`.
+        colour: the column that colours; "": modality and anatomy together, else the first column there is.
+    """
+    drawn = [(name, draw(embeddings, seed=seed, kind=kind)) for name, embeddings in methods]
+    first = drawn[0][1]
+    columns = dict(first.columns)
+    if not colour and {"modality", "anatomy"} <= columns.keys():
+        colour = "modality, anatomy"
+        pairs = zip(columns["modality"], columns["anatomy"], strict=True)
+        columns[colour] = tuple(f"{a}, {b}" if a and b else "" for a, b in pairs)
+    colour = colour or next(iter(columns))
+    content = {
+        "kind": first.kind,
+        "columns": {colour: list(columns[colour])},
+        "colour": colour,
+        "panels": [{"method": name, "points": _rounded(atlas), "purity": _purities(atlas)} for name, atlas in drawn],
+    }
+    write_private(folder / "map.json", json.dumps(content, sort_keys=True, allow_nan=False).encode())
 
 
 def _sample(embeddings: Embeddings, most: int, seed: int) -> np.ndarray:
@@ -171,6 +198,17 @@ def _columns(embeddings: Embeddings, rows: np.ndarray) -> dict[str, tuple[str, .
             found[name] = tuple(values[r] for r in rows)
     found["split"] = tuple(SPLIT_NAMES.get(int(s), "") for s in embeddings.split[rows])
     return {name: values for name, values in found.items() if len(set(values)) > 1 or name == "split"}
+
+
+def _rounded(atlas: Atlas) -> list[list[float]]:
+    return [[round(float(x), 4), round(float(y), 4)] for x, y in atlas.points]
+
+
+def _purities(atlas: Atlas) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"k": NEIGHBOURS, "value": _or_none(p.value), "chance": _or_none(p.chance), "n": p.n}
+        for name, p in atlas.purity.items()
+    }
 
 
 def _agreement(vectors: Float[np.ndarray, "m F"], codes: Int[np.ndarray, " m"]) -> Purity:
