@@ -112,8 +112,8 @@ def markdown(content: Mapping[str, Any]) -> str:
             low, high = c["interval"]
             p = "" if c["holm_p"] is None else f"{c['holm_p']:.3f}"
             lines.append(
-                f"| {c['method']} | {c['dataset']}, {c['regime']} | {c['difference']:+.3f} | [{low:+.3f}, {high:+.3f}] | "
-                f"{p} | {c['verdict']} |"
+                f"| {c['method']} | {c['dataset']}, {c['regime']} | {c['difference']:+.3f} | "
+                f"[{low:+.3f}, {high:+.3f}] | {p} | {c['verdict']} |"
             )
     return "\n".join(lines)
 

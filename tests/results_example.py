@@ -101,3 +101,71 @@ def example_map(prefix: str = "") -> dict[str, Any]:
         "purity": {"modality": {"k": 10, "value": 0.93, "chance": 0.5, "n": 40}},
         "thumbnail": [0 if i % 3 else None for i in range(n)],
     }
+
+
+def study_example(prefix: str = "") -> dict[str, Any]:
+    """Two tasks, a method, its reference and a control, two label fractions."""
+    base = example(prefix)
+    tasks, names = [f"{prefix}breast", "brain"], [f"{prefix}metadata", f"{prefix}metadata, shuffled", "simclr"]
+    rows, intervals, comparisons = [], [], []
+    for t, task in enumerate(tasks):
+        for m, method in enumerate(names):
+            value = 0.8 - 0.1 * m + 0.02 * t
+            rows += [
+                {
+                    "method": method, "regime": "probe", "dataset": task, "metric": "auc",
+                    "value": value * (0.8 + 0.2 * fraction) + 0.01 * fold, "n": 40, "n_patients": 20,
+                    "fold": fold, "repeat": 0, "seed": 0, "label_fraction": fraction, "shift": "",
+                    "reason": "", "config_digest": "c", "wall_seconds": 0.1, "cpu_seconds": 0.1,
+                }
+                for fraction in (0.1, 1.0)
+                for fold in range(3)
+            ]  # fmt: skip
+            intervals.append(
+                {
+                    "method": method, "regime": "probe", "dataset": task, "metric": "auc", "value": value,
+                    "sd_repeats": 0.01, "interval": [value - 0.05, value + 0.05], "interval_kind": "patient bootstrap",
+                    "n": 120, "n_patients": 60,
+                }
+            )  # fmt: skip
+            if m:
+                comparisons.append(
+                    {
+                        **base["comparisons"][0], "method": method, "reference": names[0], "dataset": task,
+                        "metric": "auc", "difference": -0.1 * m, "interval": [-0.1 * m - 0.05, -0.1 * m + 0.02],
+                        "verdict": "cannot tell",
+                    }
+                )  # fmt: skip
+    return {
+        **base,
+        "study": {
+            **base["study"], "primary_metric": "auc", "reference": names[0], "tasks": tasks, "regimes": ["probe"],
+            "seeds": 3, "name": f"{prefix}study",
+        },
+        "methods": [
+            {**base["methods"][0], "method": name, "control_of": names[0] if m == 1 else None}
+            for m, name in enumerate(names)
+        ],
+        "rows": rows,
+        "comparisons": comparisons,
+        "monitors": [],
+        "figures": {"intervals": intervals},
+    }  # fmt: skip
+
+
+def study_map(prefix: str = "") -> dict[str, Any]:
+    """Three panels of forty points."""
+    n = 40
+    return {
+        "kind": "pca",
+        "colour": f"{prefix}modality",
+        "columns": {f"{prefix}modality": ["" if i % 5 == 0 else f"{prefix}{i % 3}" for i in range(n)]},
+        "panels": [
+            {
+                "method": name,
+                "points": [[math.cos(i + k), math.sin(i)] for i in range(n)],
+                "purity": {f"{prefix}modality": {"k": 10, "value": 0.9, "chance": 0.4, "n": 32}},
+            }
+            for k, name in enumerate([f"{prefix}metadata", f"{prefix}metadata, shuffled", "simclr"])
+        ],
+    }

@@ -8,8 +8,8 @@ import stat
 import pytest
 
 from kladi.errors import UserError
-from kladi.report import figures, page, tables
-from results_example import THUMBNAIL, example, example_map
+from kladi.report import comparison, figures, page, tables
+from results_example import THUMBNAIL, example, example_map, study_example, study_map
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = [
@@ -200,3 +200,52 @@ def test_the_page_says_first_whether_the_controls_were_beaten(verdict, lead):
     assert "histogram +0.200 [+0.100, +0.300]" in said
     assert "knn" not in said
     assert [c["decides"] for c in tables.comparisons(results)] == [True, True, False]
+
+
+# --- a study -----------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_a_study_has_controls_under_their_method_and_every_difference():
+    table = comparison.table(study_example())
+    assert table["columns"] == ["breast, probe", "brain, probe"]
+    assert [row["method"] for row in table["rows"]] == ["metadata", "metadata, shuffled", "simclr"]
+    assert [row["control_of"] for row in table["rows"]] == ["", "metadata", ""]
+    first, second = table["rows"][0]["cells"][0], table["rows"][1]["cells"][0]
+    assert (first["value"], first["note"], first["difference"], first["best"]) == (
+        "0.800", "sd 0.010, 60 patients", "", True,
+    )  # fmt: skip
+    assert second["difference"] == "-0.100 [-0.150, -0.080], p 0.080"
+    assert second["verdict"] == "cannot tell"
+    assert comparison.table(example()) is None
+
+
+def test_tasks_are_never_averaged_together():
+    tables_of = tables.regimes(study_example())
+    assert [one["name"] for one in tables_of] == [
+        "breast: linear probe on frozen features", "brain: linear probe on frozen features",
+    ]  # fmt: skip
+    assert [one["rows"][0]["cells"][0]["value"] for one in tables_of] == ["0.810", "0.830"]  # whole labels only
+
+
+def test_the_figures_of_a_study():
+    drawn = comparison.figures(study_example())
+    assert {len(trace["x"]) for trace in drawn["differences"]["data"]} == {2}
+    assert drawn["few_labels"]["data"][0]["x"] == pytest.approx([10, 100])
+    panels = comparison.panels(study_map())
+    assert [panel["purity"] for panel in panels] == ["modality 0.90 (chance 0.40)"] * 3
+    colours = [{t["name"]: t["marker"]["color"] for t in panel["figure"]["data"]} for panel in panels]
+    assert colours[0] == colours[1] == colours[2]
+    assert comparison.panels(None) == comparison.panels(example_map()) == []
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+@pytest.mark.parametrize("prefix", ["", *HOSTILE])
+def test_a_browser_draws_a_study(browser, tmp_path, prefix):
+    for name, content in (("results.json", study_example(prefix)), ("map.json", study_map(prefix))):
+        (tmp_path / name).write_text(json.dumps(content))
+    tab, errors, requests = opened(browser, page.write(tmp_path))
+    assert (errors, requests) == ([], [])
+    assert tab.evaluate("window.pwned") is None
+    assert tab.locator(".panels .main-svg").count() >= 3
+    tab.close()
