@@ -45,6 +45,7 @@ format: $(VENV)/.test
 bench: $(VENV)/.bench      ## side by side with peers
 	$(BIN)/python bench/kernel.py
 	$(BIN)/python bench/augment.py
+	$(BIN)/python bench/probe.py
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
