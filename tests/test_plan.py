@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from kladi import commands, config, plan, toy
+from kladi.evaluate.diagnostics import Diagnostic
 from kladi.plan import Fingerprint
 
 FACTS = Fingerprint(
@@ -22,6 +23,8 @@ FACTS = Fingerprint(
     accelerator_gb=0.0,
 )
 
+TREE = Diagnostic("tree against features", "Mantel r", 0.6, 0.001, 0.0001, "", "present")
+
 
 @pytest.mark.parametrize(
     ("facts", "objective"),
@@ -30,6 +33,8 @@ FACTS = Fingerprint(
         ({"depth": 1}, "supcon"),
         ({"labelled_share": 0.1, "metadata": ("modality",)}, "metadata"),
         ({"leaves": 0}, "simclr"),
+        ({"structure": (dataclasses.replace(TREE, verdict="absent"),)}, "supcon"),
+        ({"structure": (TREE,)}, "label_tree"),
     ],
 )
 def test_the_objective_is_what_the_data_carry(facts, objective):
@@ -64,3 +69,9 @@ def test_planning_again_keeps_what_a_person_wrote(tmp_path, monkeypatch):
     out.write_text(out.read_text().replace("lr = 0.001", "lr = 0.005"))
     commands.plan(manifest, out, None, {}, smoke=False)
     assert config.read(out).train.lr == 0.005
+
+
+def test_the_fingerprint_holds_what_the_structure_says():
+    facts = plan.fingerprint(toy.dataset(n=96, size=16))
+    assert [d.name for d in facts.structure] == ["tree against features", "anatomy from pixels", "modality from pixels"]
+    assert plan.fingerprint(toy.dataset(n=12, size=16)).structure == ()

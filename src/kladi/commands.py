@@ -47,17 +47,20 @@ def plan(data: Path, out: Path, earlier: Path | None, given: Mapping[str, Any], 
     """Write the plan, each key with its reason."""
     from kladi import plan as planning
     from kladi.data import load
+    from kladi.evaluate import diagnostics
 
     earlier = earlier or (out if out.is_file() else None)  # what a person wrote is never overwritten
     kept = planning.changed_by_hand(earlier) if earlier else {}
     given = {**kept, **given}
     dataset, inspection = load.load(data, settings.override(settings.Config(), given))
-    facts = planning.fingerprint(dataset)
+    facts = planning.fingerprint(dataset, settings.override(settings.Config(), given).intensity)
     config, reasons = planning.choose(facts, given)
     _head(
         "plan", f"{facts.images:,} images, {facts.patients:,} patients, {facts.leaves} labels", f"{facts.cores} cores"
     )
     _warnings(inspection)
+    for d in facts.structure:
+        _line(d.name, diagnostics.sentence(d), width=26)
     proof = None
     if smoke:
         _message(f"smoke      {planning.SMOKE_STEPS} steps of the planned run")

@@ -19,13 +19,19 @@ import torch
 
 from kladi import config as settings
 from kladi.data.dataset import TRAIN, Dataset
+from kladi.data.views import philox
 from kladi.errors import UserError
+from kladi.evaluate import diagnostics
+from kladi.evaluate.baselines import fit_grey, grey_features
+from kladi.evaluate.diagnostics import Diagnostic
 from kladi.learn.console import Silent
 from kladi.learn.fit import fit
 
 CPU_MINUTES = 30
 """Length of a pretraining that the plan aims for where there is no accelerator."""
 SMOKE_STEPS = 20
+MOST_ROWS, FEWEST_ROWS = 2000, 20
+"""Training rows that the diagnostics of structure look at."""
 MIRRORED = {"laterality", "view"}
 """Metadata that a left-right flip would make a lie."""
 UNORIENTED = {"sm", "gm", "xc", "dms", "microscopy", "dermatoscopy", "histology"}
@@ -49,6 +55,7 @@ class Fingerprint:
     modalities: tuple[str, ...]
     cores: int
     accelerator_gb: float
+    structure: tuple[Diagnostic, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,8 +68,12 @@ class Smoke:
     seconds_a_step: float
 
 
-def fingerprint(dataset: Dataset) -> Fingerprint:
-    """The facts of a joined data set and of this machine."""
+def fingerprint(dataset: Dataset, intensity: settings.Intensity | None = None) -> Fingerprint:
+    """The facts of a joined data set and of this machine.
+
+    Args:
+        intensity: that the data set was decoded by; None: the default one.
+    """
     train = dataset.split == TRAIN
     labelled = dataset.target[train] >= 0
     tree = dataset.taxonomy
@@ -82,6 +93,7 @@ def fingerprint(dataset: Dataset) -> Fingerprint:
         modalities=tuple(sorted(modalities)),
         cores=os.cpu_count() or 1,
         accelerator_gb=torch.cuda.get_device_properties(0).total_memory / 2**30 if gpu else 0.0,
+        structure=_structure(dataset, intensity or settings.Intensity(channels=dataset.store.images.shape[1])),
     )
 
 
@@ -183,12 +195,25 @@ def _objective(facts: Fingerprint) -> tuple[str, str]:
     """Tree present -> label_tree; flat labels -> supcon; metadata -> metadata; neither -> simclr."""
     if facts.labelled_share >= 0.5 and facts.leaves > 1:
         share = f"{facts.labelled_share:.0%} labelled, {facts.leaves} labels"
+        tree = next((d for d in facts.structure if d.name == "tree against features"), None)
+        if facts.depth > 1 and tree is not None and tree.verdict == "absent":
+            return "supcon", f"{share}; the tree says nothing about the grey levels ({diagnostics.sentence(tree)})"
         if facts.depth > 1:
-            return "label_tree", f"tree of depth {facts.depth}, {share}"
+            return "label_tree", f"tree of depth {facts.depth}, {share}; a study says whether it beats supcon"
         return "supcon", f"flat labels, {share}"
     if facts.metadata:
         return "metadata", f"no labels to speak of; metadata {', '.join(facts.metadata)}"
     return "simclr", "neither labels nor metadata"
+
+
+def _structure(dataset: Dataset, intensity: settings.Intensity) -> tuple[Diagnostic, ...]:
+    """What tree and metadata say about grey levels, over training rows, at most 2,000 of them."""
+    train = np.flatnonzero(dataset.split == TRAIN)
+    chosen = np.sort(train[philox.epoch_order(0, 0, dataset.row_id[train])][:MOST_ROWS])
+    if len(chosen) < FEWEST_ROWS:
+        return ()
+    grey = fit_grey(grey_features(dataset, intensity, rows=chosen), np.ones(len(chosen), dtype=bool))
+    return diagnostics.of_dataset(dataset, grey, chosen)
 
 
 def _colour_share(dataset: Dataset) -> float:

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Bool, Float, Float32, Int
 
 from kladi import config as settings
 from kladi.data.dataset import Dataset
@@ -18,23 +18,27 @@ COMPONENTS = 64
 LUMINANCE = (0.299, 0.587, 0.114)
 
 
-def grey_features(dataset: Dataset, intensity: settings.Intensity, *, batch: int = 512) -> Float32[np.ndarray, "n G"]:
+def grey_features(
+    dataset: Dataset, intensity: settings.Intensity, *, rows: Int[np.ndarray, " m"] | None = None, batch: int = 512
+) -> Float32[np.ndarray, "m G"]:
     """64 histogram bins and 32 x 32 grey pixels of each image, G = 64 + 1024; made comparable by `GreyScale`.
 
     The histogram is of the image's own area, not of the zeros around it, and is given by square roots, so that every
-    histogram has length one. The pixels are those of the evaluation view, in [0, 1].
+    histogram has length one. The pixels are those of the evaluation view, in [0, 1]. `rows`: of these only, None: all.
     """
     small = dataclasses.replace(intensity, size=SIDE, mean=(0.0,), std=(1.0,))
-    out = np.zeros((len(dataset), BINS + SIDE * SIDE), dtype=np.float32)
-    for start in range(0, len(dataset), batch):
-        index = np.arange(start, min(start + batch, len(dataset)))
+    rows = np.arange(len(dataset)) if rows is None else rows
+    out = np.zeros((len(rows), BINS + SIDE * SIDE), dtype=np.float32)
+    for start in range(0, len(rows), batch):
+        place = np.arange(start, min(start + batch, len(rows)))
+        index = rows[place]
         stored, extent = dataset.store.gather(index), dataset.store.extent[index]
-        for place, image, (top, left, height, width) in zip(index, stored, extent, strict=True):
+        for one, image, (top, left, height, width) in zip(place, stored, extent, strict=True):
             inside = _grey(image[:, top : top + height, left : left + width] / np.iinfo(image.dtype).max)
             level = np.minimum((inside * BINS).astype(np.int64), BINS - 1)
-            out[place, :BINS] = np.sqrt(np.bincount(level.ravel(), minlength=BINS) / max(level.size, 1))
+            out[one, :BINS] = np.sqrt(np.bincount(level.ravel(), minlength=BINS) / max(level.size, 1))
         view = augment.plain(torch.as_tensor(stored), extent, small).numpy()
-        out[index, BINS:] = _grey(view.swapaxes(0, 1)).reshape(len(index), -1)
+        out[place, BINS:] = _grey(view.swapaxes(0, 1)).reshape(len(index), -1)
     return out
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from kladi.data.dataset import Dataset
 from kladi.errors import UserError
@@ -268,28 +268,26 @@ def shared_information(first: Sequence[str], second: Sequence[str]) -> float:
 
 
 def of_dataset(
-    dataset: Dataset, features: Float[np.ndarray, "n F"], rows: Bool[np.ndarray, " n"], *, seed: int = 0
+    dataset: Dataset, features: Float[np.ndarray, "m F"], rows: Int[np.ndarray, " m"], *, seed: int = 0
 ) -> tuple[Diagnostic, ...]:
     """Every diagnostic that a data set has the columns for, over some rows (the training rows).
 
     Args:
-        features: one row an image of the data set; those of other rows are not read.
+        features: of these rows.
+        rows: positions in the data set.
     """
     found: list[Diagnostic] = []
-    index = np.flatnonzero(rows)
-    tree = dataset.taxonomy
-    if tree is not None and (dataset.target[index] >= 0).any() and int(tree.depth.max(initial=0)) > 1:
-        found.append(tree_against_features(features[index], dataset.target[index], tree, seed=seed))
+    tree, target = dataset.taxonomy, dataset.target[rows]
+    if tree is not None and (target >= 0).any() and int(tree.depth.max(initial=0)) > 1:
+        found.append(tree_against_features(features, target, tree, seed=seed))
     site = next((dataset.columns[name] for name in ("site", "source") if name in dataset.columns), None)
     for name in dataset.label_sets.attributes if dataset.label_sets is not None else ():
-        values = [dataset.columns[name][i] for i in index] if name in dataset.columns else []
+        values = [dataset.columns[name][i] for i in rows] if name in dataset.columns else []
         if values:
-            one = metadata_against_pixels(
-                name, values, features[index], dataset.row_id[index], dataset.group[index], seed=seed
-            )
+            one = metadata_against_pixels(name, values, features, dataset.row_id[rows], dataset.group[rows], seed=seed)
             found.append(one)
         if values and site is not None:
-            nmi = shared_information(values, [site[i] for i in index])
+            nmi = shared_information(values, [site[i] for i in rows])
             verdict = (
                 "cannot tell"
                 if math.isnan(nmi)
