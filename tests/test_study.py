@@ -19,6 +19,7 @@ from kladi.errors import UserError
 from kladi.evaluate.measure import Measured
 from kladi.evaluate.record import results
 from kladi.evaluate.splits import TEST, TRAIN, UNUSED, VAL
+from kladi.learn import lock
 from kladi.study import arms, cells, design, questions, record
 from kladi.study.compare import compare
 
@@ -208,6 +209,25 @@ def test_killed_at_any_time_it_goes_on_to_the_same_results(ward, finished, tmp_p
     assert kills >= 1
     compare(ward / "study.toml", ward / "S")
     assert results.read(tmp_path / "S")["digest"] == results.read(ward / "S")["digest"]
+
+
+@pytest.mark.slow
+def test_no_worker_outlives_a_study_that_was_killed(ward, tmp_path):
+    path = changed(ward, ("train.epochs = 1", "train.epochs = 500"), name="long.toml")
+    command = [sys.executable, "-m", "kladi", "compare", str(path), "--out", str(tmp_path / "S"), "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list((tmp_path / "S").glob("runs/*/metrics.jsonl"))) < 2:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.2)
+    holders = [json.loads(p.read_text())["pid"] for p in (tmp_path / "S").glob("runs/*/lock")]
+    assert holders
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    while any(lock.alive(pid) for pid in holders):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 @pytest.mark.slow

@@ -9,9 +9,11 @@ Cells fan out over processes through joblib: loky here, or whatever backend the 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -120,21 +122,39 @@ def _fan_out(
         return
     begin = time.monotonic()
     if workers == 1:
-        done = (_called(work, number, order, 1) for number, order in enumerate(orders))
+        done = (_called(work, number, order, 1, 0) for number, order in enumerate(orders))
     else:
         parallel = joblib.Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch=workers)
-        done = parallel(joblib.delayed(_called)(work, number, order, workers) for number, order in enumerate(orders))
+        here = os.getpid()
+        done = parallel(joblib.delayed(_called)(work, n, order, workers, here) for n, order in enumerate(orders))
     for count, number in enumerate(done, start=1):
         left = (time.monotonic() - begin) / count * (len(orders) - count)
         say(f"{named(orders[number])}  ({count:,} of {len(orders):,}{_left(left)})")
 
 
-def _called(work: Callable[..., None], number: int, order: tuple[Any, ...], workers: int) -> int:
-    """The work; in one process of several with its share of the cores."""
+def _called(work: Callable[..., None], number: int, order: tuple[Any, ...], workers: int, parent: int) -> int:
+    """The work; in one process of several with its share of the cores, and not longer than the study lives."""
     if workers > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+        _die_with(parent)
     work(*order)
     return number
+
+
+@lru_cache(maxsize=1)
+def _die_with(parent: int) -> None:
+    """End this process soon after its parent was killed: it would go on holding the lock of a run.
+
+    Where the parent is another one (workers of Ray or Dask) its engine looks after it.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    if os.getppid() == parent:
+        threading.Thread(target=watch, name="kladi-watch", daemon=True).start()
 
 
 def _left(seconds: float) -> str:
