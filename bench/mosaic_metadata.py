@@ -35,13 +35,13 @@ data.metadata = ["modality", "anatomy"]
 intensity = {{ size = 32, channels = 3, mean = [0.5], std = [0.5] }}
 augment = {{ hue = 0.02, saturation = 0.1 }}
 encoder.args = {{ channels = [16, 32, 64, 128] }}
-train.epochs = 20
+train.epochs = 12
 train.workers = 0
 
 [finetune]
-steps = 200
+steps = 100
 epochs = 0
-scales = [1.0, 3.0]
+scales = [3.0]
 looks = 10
 
 [methods.metadata]
