@@ -18,6 +18,9 @@ from kladi.data.pixels.signature import kind_of
 PICTURE_KEYS = ("image", "images", "img", "data", "x", "arr_0", "array", "pixels")
 """Names under which an .npz with several arrays may keep its picture, best first."""
 
+MEDMNIST_KEYS = ("train_images", "val_images", "test_images")
+"""The three parts of a MedMNIST file, which are one stack in this order."""
+
 
 def open_array(data: bytes, kind: str, intensity: settings.Intensity, limits: Limits) -> Opened:
     """Read an array file; `kind` is "NPY", "NPZ", "NIfTI" or "gzip" (a compressed NIfTI).
@@ -93,15 +96,21 @@ def _read_npz(data: bytes, limits: Limits) -> np.ndarray:
         names = [n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")]
         if not names:
             raise Unreadable("a ZIP archive without arrays", "I3")
+        if set(MEDMNIST_KEYS) <= set(names):
+            return np.concatenate([_member(archive, key, limits) for key in MEDMNIST_KEYS])
         known = [key for key in PICTURE_KEYS if key in names]
         if len(names) > 1 and not known:
             raise Unreadable(f"{len(names)} arrays and none named {', '.join(PICTURE_KEYS)}", "I13")
-        info = archive.getinfo(f"{known[0] if known else names[0]}.npy")
-        if info.file_size > limits.max_bytes + 65536:
-            raise Unreadable(f"array of {info.file_size:,} bytes is more than {limits.max_bytes:,}", "I4")
-        # The header of the archive may lie about the size; this read does not go beyond it.
-        with archive.open(info) as member:
-            return _read_npy(io.BytesIO(member.read(info.file_size)), limits)
+        return _member(archive, known[0] if known else names[0], limits)
+
+
+def _member(archive: zipfile.ZipFile, name: str, limits: Limits) -> np.ndarray:
+    info = archive.getinfo(f"{name}.npy")
+    if info.file_size > limits.max_bytes + 65536:
+        raise Unreadable(f"array of {info.file_size:,} bytes is more than {limits.max_bytes:,}", "I4")
+    # The header of the archive may lie about the size; this read does not go beyond it.
+    with archive.open(info) as member:
+        return _read_npy(io.BytesIO(member.read(info.file_size)), limits)
 
 
 def open_stack(array: np.ndarray, kind: str, intensity: settings.Intensity, limits: Limits) -> Opened:

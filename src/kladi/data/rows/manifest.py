@@ -20,7 +20,7 @@ from kladi.data.findings import Finding, counted, listed, quoted
 from kladi.data.pixels.signature import kind_of
 from kladi.data.rows import cells as row_cells
 from kladi.data.rows import columns as roles
-from kladi.data.rows import dicom_rows, folders, labels, table_files
+from kladi.data.rows import dicom_rows, folders, labels, sources, table_files
 from kladi.data.rows.paths import OK, faults, locate
 from kladi.data.rows.repeats import drop_repeats
 from kladi.errors import UserError, suggestion
@@ -180,6 +180,9 @@ def _from_folder(root: Path, config: settings.Data) -> Manifest:
     if not n:
         seen = "; ".join(finding.message for finding in walked.findings)
         raise UserError(f"{root} has no rows: no image and no DICOM file in it" + (f" ({seen})" if seen else ""))
+    source = sources.recognise(root, walked.paths)
+    if source is not None:
+        return _from_source(root, source, walked, config)
     dicom = [position for position, kind in enumerate(walked.kinds) if kind == "DICOM"]
     _check_folder_metadata(root, config.metadata, any_dicom=bool(dicom))
     blank: list[str | None] = [None] * n
@@ -196,6 +199,19 @@ def _from_folder(root: Path, config: settings.Data) -> Manifest:
         described["rungs"] = tagged.rungs
     found = (*walked.findings, *tagged.findings, *laid_out.findings, *label_faults)
     return Manifest(root, table, config.metadata, found, described)
+
+
+def _from_source(root: Path, source: sources.Source, walked: folders.Walk, config: settings.Data) -> Manifest:
+    """A public data set that was recognised by its layout."""
+    unknown = [name for name in config.metadata if name not in source.columns]
+    if unknown:
+        raise UserError(f"--data.metadata {unknown[0]}: {source.name} has none{suggestion(unknown[0], source.columns)}")
+    numbers = {path: number for number, path in enumerate(dict.fromkeys(source.path), start=1)}
+    row = [numbers[path] for path in source.path]
+    table = _table(row, source.path, source.frame, source.label, source.patient, source.split)
+    table = table.with_columns(pl.Series(name, [v or None for v in values]) for name, values in source.columns.items())
+    described: dict[str, Any] = {"kind": f"folder, {source.name}", "aliases": {}}
+    return Manifest(root, table, config.metadata, (*walked.findings, *source.findings), described)
 
 
 def _check_folder_metadata(root: Path, metadata: Sequence[str], *, any_dicom: bool) -> None:
