@@ -147,7 +147,7 @@ _SUBTYPES = {
 
 
 def breakhis(root: Path, paths: Sequence[str]) -> Source | None:  # noqa: ARG001  all readers are called alike
-    """`SOB_<B,M>_<subtype>-<year>-<slide>-<magnification>-<number>.png`; the slide, its letters aside, is the patient."""
+    """`SOB_<B,M>_<subtype>-<year>-<slide>-<magnification>-<n>.png`; the slide, its letters aside, is the patient."""
     matches = [_BREAKHIS.fullmatch(path) for path in paths]
     if not paths or not all(matches):
         return None
