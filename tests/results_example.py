@@ -71,7 +71,12 @@ def example(prefix: str = "") -> dict[str, Any]:
             for s in range(0, 100, 10)
             for metric, value in (("std", 0.9 - s / 1000), ("effective_rank", 30.0 + s / 10))
         ],
-        "diagnostics": [],
+        "diagnostics": [
+            {
+                "name": f"{prefix}tree", "statistic": "Mantel r", "value": 0.4, "p": 0.0001, "least_p": 0.0001,
+                "null": "relabelled leaves", "verdict": "weak", "note": f"{prefix}36 classes",
+            }
+        ],
         "figures": {
             "confusion": {
                 "regime": "probe", "nodes": nodes, "depths": [2, 2, 3, 3],

@@ -19,10 +19,8 @@ import torch
 
 from kladi import config as settings
 from kladi.data.dataset import TRAIN, Dataset
-from kladi.data.views import philox
 from kladi.errors import UserError
 from kladi.evaluate import diagnostics
-from kladi.evaluate.baselines import fit_grey, grey_features
 from kladi.evaluate.diagnostics import Diagnostic
 from kladi.learn.console import Silent
 from kladi.learn.fit import fit
@@ -30,8 +28,6 @@ from kladi.learn.fit import fit
 CPU_MINUTES = 30
 """Length of a pretraining that the plan aims for where there is no accelerator."""
 SMOKE_STEPS = 20
-MOST_ROWS, FEWEST_ROWS = 2000, 20
-"""Training rows that the diagnostics of structure look at."""
 MIRRORED = {"laterality", "view"}
 """Metadata that a left-right flip would make a lie."""
 UNORIENTED = {"sm", "gm", "xc", "dms", "microscopy", "dermatoscopy", "histology"}
@@ -93,7 +89,7 @@ def fingerprint(dataset: Dataset, intensity: settings.Intensity | None = None) -
         modalities=tuple(sorted(modalities)),
         cores=os.cpu_count() or 1,
         accelerator_gb=torch.cuda.get_device_properties(0).total_memory / 2**30 if gpu else 0.0,
-        structure=_structure(dataset, intensity or settings.Intensity(channels=dataset.store.images.shape[1])),
+        structure=diagnostics.before_training(dataset, intensity),
     )
 
 
@@ -204,16 +200,6 @@ def _objective(facts: Fingerprint) -> tuple[str, str]:
     if facts.metadata:
         return "metadata", f"no labels to speak of; metadata {', '.join(facts.metadata)}"
     return "simclr", "neither labels nor metadata"
-
-
-def _structure(dataset: Dataset, intensity: settings.Intensity) -> tuple[Diagnostic, ...]:
-    """What tree and metadata say about grey levels, over training rows, at most 2,000 of them."""
-    train = np.flatnonzero(dataset.split == TRAIN)
-    chosen = np.sort(train[philox.epoch_order(0, 0, dataset.row_id[train])][:MOST_ROWS])
-    if len(chosen) < FEWEST_ROWS:
-        return ()
-    grey = fit_grey(grey_features(dataset, intensity, rows=chosen), np.ones(len(chosen), dtype=bool))
-    return diagnostics.of_dataset(dataset, grey, chosen)
 
 
 def _colour_share(dataset: Dataset) -> float:

@@ -16,9 +16,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from kladi import config as settings
+from kladi.data.dataset import TRAIN as DATA_TRAIN
 from kladi.data.dataset import Dataset
+from kladi.data.views import philox
 from kladi.errors import UserError
-from kladi.evaluate import metrics
+from kladi.evaluate import baselines, metrics
 from kladi.evaluate.answers import said
 from kladi.evaluate.readouts.probe import fit_probes
 from kladi.evaluate.splits import TEST, TRAIN, make_splits
@@ -29,6 +32,8 @@ ENUMERATED = 8
 DRAWS = 9_999
 FEWEST = 20
 """With fewer distinct relabellings the least p is above .05, so that none is given."""
+MOST_ROWS, FEWEST_ROWS = 2000, 20
+"""Training rows that are looked at before a training."""
 ALPHA, STRONG, WEAK_TAG = 0.05, 0.5, 0.1
 
 
@@ -265,6 +270,21 @@ def shared_information(first: Sequence[str], second: Sequence[str]) -> float:
 
 
 # --- a data set ----------------------------------------------------------------------------------------------------
+
+
+def before_training(dataset: Dataset, intensity: settings.Intensity | None = None) -> tuple[Diagnostic, ...]:
+    """What tree and metadata say about grey levels, over the training rows, `MOST_ROWS` of them at most.
+
+    Args:
+        intensity: that the data set was decoded by; None: the default one, with the channels that are stored.
+    """
+    train = np.flatnonzero(dataset.split == DATA_TRAIN)
+    chosen = np.sort(train[philox.epoch_order(0, 0, dataset.row_id[train])][:MOST_ROWS])
+    if len(chosen) < FEWEST_ROWS:
+        return ()
+    pipeline = intensity or settings.Intensity(channels=dataset.store.images.shape[1])
+    grey = baselines.fit_grey(baselines.grey_features(dataset, pipeline, rows=chosen), np.ones(len(chosen), dtype=bool))
+    return of_dataset(dataset, grey, chosen)
 
 
 def of_dataset(

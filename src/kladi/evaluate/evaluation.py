@@ -26,7 +26,7 @@ from kladi import config as settings
 from kladi.data.dataset import Dataset
 from kladi.data.findings import Finding
 from kladi.errors import UserError, suggestion
-from kladi.evaluate import baselines, comparisons, pretraining, protocol
+from kladi.evaluate import baselines, comparisons, diagnostics, pretraining, protocol
 from kladi.evaluate.answers import LOWER_IS_BETTER, PRIMARY, Task
 from kladi.evaluate.embed import Embeddings, embed
 from kladi.evaluate.measure import Measured, Method, measure, parts_of
@@ -125,6 +125,7 @@ def evaluate(
         methods=[account.method(method, encoder, dataset, digest) for method in methods],
         comparisons=_comparisons(drawn, methods, plan, parts),
         monitors=[{"method": encoder.name, **entry} for entry in encoder.about.monitors],
+        diagnostics=[d.to_dict() for d in diagnostics.before_training(dataset, encoder.intensity)],
         figures=_figures(measured, methods, plan, parts, drawn, encoder, cost),
     )
     return results.write(content, out)

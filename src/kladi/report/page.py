@@ -132,6 +132,7 @@ def render(results: Results, atlas: Mapping[str, Any] | None, thumbnails: list[s
         figures=drawn,
         atlas=atlas,
         has_images=bool(thumbnails),
+        diagnostics=tables.diagnostics(results),
         purity=tables.purity(atlas),
         neighbours=tables.neighbours(atlas),
         provenance=tables.provenance(results),

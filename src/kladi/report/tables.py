@@ -237,6 +237,21 @@ def purity(atlas: Mapping[str, Any] | None) -> list[tuple[str, str, str, str]]:
     ]
 
 
+def diagnostics(results: Results) -> list[dict[str, str]]:
+    """Whether the structure is in the images at all, a line a question."""
+    return [
+        {
+            "name": str(d.get("name")),
+            "verdict": str(d.get("verdict")),
+            "statistic": str(d.get("statistic")),
+            "value": "" if d.get("value") is None else f"{d['value']:.2f}",
+            "p": _p(d.get("p")),
+            "beside": ", ".join(text for text in (str(d.get("null") or ""), str(d.get("note") or "")) if text),
+        }
+        for d in results.get("diagnostics", [])
+    ]
+
+
 def neighbours(atlas: Mapping[str, Any] | None) -> int | None:
     """How many neighbours the purity looks at."""
     found = [atlas or {}, *(atlas or {}).get("panels", [])]

@@ -23,7 +23,7 @@ import torch
 
 from kladi.data.dataset import TRAIN
 from kladi.errors import RunStopped
-from kladi.evaluate import comparisons
+from kladi.evaluate import comparisons, diagnostics
 from kladi.evaluate.embed import Embeddings
 from kladi.evaluate.measure import Measured
 from kladi.evaluate.record import account, atlas, results
@@ -208,6 +208,7 @@ def _assembled(context: Context, started: datetime) -> dict[str, Any]:
         splits=_splits(context),
         methods=[_method(arm, context) for arm in context.arms],
         comparisons=settled,
+        diagnostics=[d.to_dict() for d in diagnostics.before_training(context.dataset, study.config.intensity)],
         figures={"intervals": intervals, "lower_is_better": sorted(comparisons.LOWER_IS_BETTER)},
     )
 
