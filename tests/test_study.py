@@ -16,7 +16,8 @@ import pytest
 
 from kladi import toy
 from kladi.errors import UserError
-from kladi.evaluate.measure import Measured
+from kladi.evaluate.answers import Task
+from kladi.evaluate.measure import Measured, Method, measure
 from kladi.evaluate.record import results
 from kladi.evaluate.splits import TEST, TRAIN, UNUSED, VAL
 from kladi.learn import lock
@@ -366,3 +367,26 @@ def test_no_path_and_no_patient_in_what_is_kept(finished):
     for secret in (str(finished.parent), "p0003"):
         assert secret.encode() not in whole
     assert json.loads((finished / "results.json").read_text())["study"]["command"] == "kladi compare study.toml --out S"
+
+
+def test_shuffled_labels_give_chance_where_the_true_ones_are_plain_to_see():
+    """Features that hold the label whole: the true probe reads it, one taught with dealt labels answers by chance."""
+    data = toy.dataset(n=240, size=16)
+    study = design.from_tables({"data": "x", "methods": {"m": {}}, "folds": 5, "repeats": 4, "seeds": 1}, Path())
+    asked = questions.ask(design.Question("label"), data, np.ones(240, dtype=bool), study)
+    rng = np.random.default_rng(0)
+    features = (np.eye(len(data.taxonomy))[data.target] + 0.2 * rng.normal(size=(240, len(data.taxonomy)))).astype("f4")
+    method, classes = Method("m", features), len(np.unique(data.target))
+
+    def accuracy(task, part):
+        rows = measure(method, task, (part,), regimes=("probe",), lambdas=(0.1, 0.001)).rows
+        return next(r.value for r in rows if r.metric == "balanced_accuracy")
+
+    true = [accuracy(asked.task, part) for part in asked.parts]
+    task = asked.task
+    dealt = [
+        accuracy(Task(task.name, task.taxonomy, questions.shuffled_labels(asked, part, 0), task.group), part)
+        for part in asked.parts
+    ]
+    assert np.mean(true) > 0.9
+    assert abs(np.mean(dealt) - 1 / classes) < 3 * np.std(dealt, ddof=1) / np.sqrt(len(dealt)) + 0.01
