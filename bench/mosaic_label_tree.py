@@ -159,7 +159,7 @@ def representation(
     if arm == "histogram":
         return (
             Method(arm, grey_features(dataset, base.intensity), grey=True, control_of="label_tree"),
-            {"method": arm},
+            {"method": arm, "control_of": "label_tree"},
             None,
         )
     if arm == "random_encoder":

@@ -106,10 +106,12 @@ def _verdict(results: Results) -> list[str]:
     if not decisive or results.get("study", {}).get("tasks"):  # a study says it in its table
         return []
     said = []
+    several = len({c.get("method") for c in decisive}) > 1
     for c in decisive:
         interval = c.get("interval")
         between = f" [{_signed(interval[0])}, {_signed(interval[1])}]" if interval else ""
-        said.append(f"{c.get('reference')} {_signed(c.get('difference'))}{between}, {c.get('verdict')}")
+        who = f"{c.get('method')} - " if several else ""
+        said.append(f"{who}{c.get('reference')} {_signed(c.get('difference'))}{between}, {c.get('verdict')}")
     better = all(str(c.get("verdict")) in {"better", "leans better"} for c in decisive)
     lead = "Against its controls" if better else "Not shown to beat every control, so it has bought nothing yet"
     return [f"{lead} ({words(str(decisive[0].get('metric')))}, {decisive[0].get('regime')}): {'; '.join(said)}."]
