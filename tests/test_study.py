@@ -166,7 +166,7 @@ def test_every_method_under_the_same_folds_against_the_reference(finished):
 def test_a_second_run_computes_nothing_and_gives_the_same_digest(finished, monkeypatch):
     before = results.read(finished)["digest"]
     monkeypatch.setattr(cells, "run", lambda *a: pytest.fail("measured again"))
-    monkeypatch.setattr(arms, "prepare", lambda *a: pytest.fail("prepared again"))
+    monkeypatch.setattr(arms, "encoder_of", lambda *a: pytest.fail("prepared again"))
     compare(finished.parent / "study.toml", finished)
     assert results.read(finished)["digest"] == before
 
