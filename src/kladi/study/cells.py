@@ -188,11 +188,9 @@ def _retargeted(asked: Asked, part: Part, seed: int) -> Task:
 def _fine_tuned(cell: Cell, context: Context) -> Measured:
     arm, asked = context.arm(cell.arm), context.asked[cell.question]
     part = next(p for p in asked.parts if (p.fold, p.repeat) == (cell.fold, cell.repeat))
-    embedded = prepared(arm, cell.seed, context)
     encoder = every.encoder_of(arm, cell.seed, context.dataset, context.run_of(arm, cell.seed))
     answers = fine_tune(
         encoder,
-        embedded.features,
         context.dataset,
         asked.task,
         part,

@@ -30,7 +30,7 @@ from kladi.evaluate.answers import Answers, Task, column_of, said
 from kladi.evaluate.readouts.probe import Probes, choose, fit_probes
 from kladi.evaluate.readouts.regimes import Part, cannot
 from kladi.evaluate.splits import TEST, TRAIN, VAL
-from kladi.learn.training import learning_rate
+from kladi.learn.training import learning_rate, seed_of
 from kladi.models.backbones import Encoder
 
 CROP = (0.8, 1.0)
@@ -82,7 +82,6 @@ class _Best:
 
 def fine_tune(
     encoder: Encoder,
-    features: Float32[np.ndarray, "n F"],
     dataset: Dataset,
     task: Task,
     part: Part,
@@ -96,17 +95,20 @@ def fine_tune(
     """Train a copy of the encoder on the training rows of one fold, and answer its test rows.
 
         AdamW on encoder and head, linear warm-up, cosine to zero, gradients clipped; crops of 80 to 100 % and the flips
-        that `config.augment` allows; batch statistics are learnt. Head at the start: the fold's linear probe.
+        that `config.augment` allows; batch statistics are learnt.
+
+    At the start the running statistics of batch normalisation are those of the training rows, and the head is the
+    linear probe of what the encoder then shows. Without that an untrained network, whose running statistics mean
+    nothing, would start from a head for features that vanish with the first step.
 
     Args:
         encoder: left as it is.
-        features: of the frozen encoder, for the probe.
         dataset: decoded by the encoder's intensity pipeline.
         task: targets of its rows.
         part: the fold.
         config: `augment` flips and `intensity`.
         recipe: None: the default one.
-        seed: of the order and the views.
+        seed: of the order, the views and whatever is random inside the encoder.
 
     Returns:
         None where the fold has fewer than two classes to train on, or no test row.
@@ -114,17 +116,67 @@ def fine_tune(
     if cannot(part, task):
         return None
     recipe = recipe or Recipe()
-    probes, problem = _probe(features, task, part)
+    start, classes = _start(encoder, dataset, task, part, config.intensity, device)
     best = _Best()
-    for scale in recipe.scales:
-        model = Classifier(copy.deepcopy(encoder), _head(probes, problem)).to(device)
-        _train(model, dataset, task, part, config, recipe, scale, probes.classes, seed, best)
-    model = Classifier(copy.deepcopy(encoder), _head(probes, problem)).to(device)
+    devices = [torch.device(device).index or 0] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        for scale in recipe.scales:
+            _train(copy.deepcopy(start), dataset, task, part, config, recipe, scale, classes, seed, best)
+    model = start
     model.load_state_dict(best.state or model.state_dict())
     test = part.rows(TEST)
     scores = _log_probabilities(model, dataset, test, config.intensity).numpy().astype(np.float64)
-    pred = probes.classes[scores.argmax(axis=1)]
-    return Answers(method, "finetune", part.fold, part.repeat, test, pred, scores, probes.classes)
+    pred = classes[scores.argmax(axis=1)]
+    return Answers(method, "finetune", part.fold, part.repeat, test, pred, scores, classes)
+
+
+def _start(
+    encoder: Encoder, dataset: Dataset, task: Task, part: Part, intensity: settings.Intensity, device: str
+) -> tuple[Classifier, Int[np.ndarray, " C"]]:
+    """The encoder with the batch statistics of the training rows, and the probe of its features as its head."""
+    own = copy.deepcopy(encoder).to(device)
+    _settle_statistics(own, dataset, part.rows(TRAIN), intensity)
+    features = np.zeros((len(dataset), own.width), dtype=np.float32)
+    rows = np.concatenate([part.rows(TRAIN), part.rows(VAL)])
+    with torch.no_grad():
+        for index in _blocks(rows):
+            features[index] = own(_plain(dataset, index, intensity, device)).float().cpu().numpy()
+    probes, problem = _probe(features, task, part)
+    return Classifier(own, _head(probes, problem)).to(device), probes.classes
+
+
+@torch.no_grad()
+def _settle_statistics(
+    encoder: Encoder, dataset: Dataset, rows: Int[np.ndarray, " m"], intensity: settings.Intensity
+) -> None:
+    """Running statistics of batch normalisation := their mean over the batches of these rows, unaugmented."""
+    encoder.eval()
+    layers = [m for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not layers or len(rows) < 2:
+        return
+    before = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # a plain mean over the batches
+        layer.train()
+    device = next(encoder.parameters()).device
+    for index in _blocks(rows):
+        if len(index) > 1:
+            encoder(_plain(dataset, index, intensity, str(device)))
+    for layer, momentum in zip(layers, before, strict=True):
+        layer.momentum = momentum
+    encoder.eval()
+
+
+def _plain(
+    dataset: Dataset, index: Int[np.ndarray, " b"], intensity: settings.Intensity, device: str
+) -> Float32[Tensor, "b C S S"]:
+    pixels = torch.from_numpy(dataset.store.gather(index)).to(device)
+    return augment.plain(pixels, dataset.store.extent[index], intensity)
+
+
+def _blocks(rows: Int[np.ndarray, " m"]) -> Iterator[Int[np.ndarray, " b"]]:
+    return (rows[start : start + BATCH] for start in range(0, len(rows), BATCH))
 
 
 def _probe(features: Float32[np.ndarray, "n F"], task: Task, part: Part) -> tuple[Probes, int]:
@@ -172,6 +224,7 @@ def _train(
     for step, batch in enumerate(_batches(loader, steps)):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = learning_rate(step, steps, peak, recipe.warmup)
+        torch.manual_seed(seed_of(seed, "finetune", step))  # dropout and stochastic depth repeat
         loss = functional.cross_entropy(model(batch.views[0].image), code[batch.row])
         optimizer.zero_grad()
         loss.backward()
@@ -217,11 +270,9 @@ def _log_probabilities(
     device = next(model.parameters()).device
     model.eval()
     parts = [torch.zeros(0, model.head.out_features)]
-    for start in range(0, len(rows), BATCH):
-        index = rows[start : start + BATCH]
-        pixels = torch.from_numpy(dataset.store.gather(index)).to(device)
-        view = augment.plain(pixels, dataset.store.extent[index], intensity)
-        parts.append(functional.log_softmax(model(view).float(), dim=1).cpu())
+    for index in _blocks(rows):
+        logits = model(_plain(dataset, index, intensity, str(device)))
+        parts.append(functional.log_softmax(logits.float(), dim=1).cpu())
     return torch.cat(parts)
 
 
