@@ -1,5 +1,7 @@
 """The command line: a mistake is at most three lines on stderr, exit 2, no traceback, and nothing is written."""
 
+from pathlib import Path
+
 import pytest
 from PIL import Image
 
@@ -65,7 +67,7 @@ def test_x6_a_mistake_is_one_line_and_exit_2(capsys, tmp_path, arguments, words)
     assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == before
 
 
-@pytest.mark.parametrize("verb", ["check", "plan", "pretrain", "embed", "evaluate", "report", "list"])
+@pytest.mark.parametrize("verb", ["check", "plan", "pretrain", "embed", "evaluate", "compare", "report", "list"])
 def test_help_answers_with_an_example_first(capsys, verb):
     code, out, _ = said(capsys, verb, "--help")
     assert code == 0
@@ -86,6 +88,7 @@ def test_list_names_what_there_is(capsys, what):
         (["list"], ["one of objectives, backbones, metrics, keys"]),
         (["pretrain", "x.csv"], ["pretrain needs --out", "kladi pretrain --help"]),
         (["pretrain"], ["pretrain needs DATA"]),
+        (["compare", "nowhere.toml", "--out", "S"], ["nowhere.toml: cannot be read"]),
     ],
 )
 def test_what_is_missing_is_named_with_a_way_to_an_example(capsys, tokens, words):
@@ -93,6 +96,7 @@ def test_what_is_missing_is_named_with_a_way_to_an_example(capsys, tokens, words
     assert code == 2
     for word in words:
         assert word in err
+    assert not Path("S").exists()
 
 
 def test_check_names_the_columns_that_nothing_uses(capsys, tmp_path):

@@ -22,7 +22,7 @@ import jinja2
 from plotly.offline import get_plotlyjs
 
 from kladi.errors import UserError
-from kladi.report import comparison, figures, tables
+from kladi.report import comparison, figures, glossary, tables
 
 Results = Mapping[str, Any]
 FORMAT, VERSION = "kladi-results", 1
@@ -122,7 +122,7 @@ def render(results: Results, atlas: Mapping[str, Any] | None, thumbnails: list[s
         panels=panels,
         colour=(atlas or {}).get("colour", ""),
         regimes=tables.regimes(results),
-        glossary=tables.glossary(results),
+        glossary=glossary.of(results),
         comparisons=tables.comparisons(results),
         methods=results.get("methods", []),
         data_facts=tables.data_facts(results),

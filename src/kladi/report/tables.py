@@ -31,27 +31,6 @@ REGIMES = {
 }
 
 
-GLOSSARY = {
-    "balanced_accuracy": "mean over the classes of the share answered right; chance is 1 / classes",
-    "macro_f1": "F1 of each class, averaged over the classes",
-    "auc": "area under the ROC curve, one class against the rest, averaged",
-    "hierarchical_f1": "F1 between the sets of ancestors of answer and truth, so that a near miss counts in part",
-    "hierarchical_f1_macro": "the same within each true class, averaged over the classes",
-    "tree_accuracy": "1 - distance in the tree between answer and truth over the largest there is, averaged",
-    "mistake_severity": "among the errors, mean height of the lowest common ancestor of answer and truth",
-    "parent_violation_rate": "share nearer to another prototype of their parent's depth than to their parent's",
-    "recall_at_1": "share of test images whose nearest training image has their class; at 5, one of the 5 nearest",
-    "mean_average_precision": "how far up a query's own class stands in the whole ranking",
-    "effective_rank": "exp of the entropy of the singular values: how many directions are used",
-    "std_mean": "spread of the directions over the dimensions; 1 is even, 0 a collapse",
-    "std_min": "the least spread of a dimension",
-    "dead_share": "share of dimensions that are constant",
-    "uniformity": "log mean Gaussian potential of pairs on the sphere; lower is more even",
-    "zero_rows": "images whose embedding is zero",
-}
-"""What a metric says, for a reader who meets it first here."""
-
-
 def summary(results: Results) -> list[str]:
     """What was done, in sentences."""
     study, data = results.get("study", {}), results.get("data", {})
@@ -165,12 +144,6 @@ def _regimes_of(task: str, results: Results, *, named: bool) -> list[dict[str, A
         title = f"{task}: {title[0].lower()}{title[1:]}" if named else title
         out.append({"name": title, "basis": basis, "metrics": [words(m) for m in metrics], "rows": rows})
     return out
-
-
-def glossary(results: Results) -> list[tuple[str, str]]:
-    """The metrics of this page that need a word."""
-    there = {row["metric"] for row in results.get("rows", [])}
-    return [(words(metric), meaning) for metric, meaning in GLOSSARY.items() if metric in there]
 
 
 def _said_once(rows: list[dict[str, Any]]) -> str:

@@ -31,7 +31,7 @@ from kladi.evaluate.splits import TEST, find_leaks, refuse_leaks
 from kladi.evaluate.splits import TRAIN as TRAINED
 from kladi.learn import lock, run_folder
 from kladi.study import arms as every
-from kladi.study import cells
+from kladi.study import cells, design
 from kladi.study.arms import Arm
 from kladi.study.cells import Cell, Context
 
@@ -60,17 +60,24 @@ def compare(path: Path, out: Path, *, workers: int = 1, say: Say | None = None, 
     """
     started, say = datetime.now(UTC), say or _silent
     out = out.absolute()
+    study = design.read(path)  # a mistake in the file leaves no folder behind
     run_folder.make(out)
     with lock.held(out, force_unlock):
         context = cells.context(path.absolute(), out)
         _refuse_leaks(context)
         for name, asked in context.asked.items():
             asked.splits.write(out / "splits" / f"{name}.json")
-        missing = [pair for pair in _encoders(context) if not _is_prepared(context, *pair)]
+        encoders = _encoders(context)
+        missing = [pair for pair in encoders if not _is_prepared(context, *pair)]
+        lines, tasks = len(context.arms), len(context.asked)
+        say(f"study      {lines} methods and controls on {tasks} tasks; reference {study.reference}")
+        say(f"encoders   {len(encoders)}, of which {len(encoders) - len(missing)} are there")
         _fan_out(
             _prepare, [(path.absolute(), out, arm.name, seed) for arm, seed in missing], workers, say, _named_encoder
         )
-        todo = [cell for cell in cells.cells(context) if cells.done(cell, context) is None]
+        every_cell = cells.cells(context)
+        todo = [cell for cell in every_cell if cells.done(cell, context) is None]
+        say(f"cells      {len(every_cell):,}, of which {len(every_cell) - len(todo):,} are there")
         _fan_out(_measure, [(path.absolute(), out, cell) for cell in todo], workers, say, _named_cell)
         say("compare    every method with its reference")
         content = _assembled(context, started)
