@@ -110,6 +110,8 @@ def changed(folder, *pairs, name="other.toml"):
         ),
         ('data = "manifest.csv"\n', "", r"data is missing"),
         ('name = "toy"', "name = 3", r"name = 3 is no text"),
+        ("[methods.scratch]", '[methods."../../scratch"]', r"the name '../../scratch' becomes a file's"),
+        ("[tasks.shape]", '[tasks."a/b"]', r"the name 'a/b' becomes a file's"),
     ],
 )
 def test_a_mistake_is_named_with_the_closest_word(ward, old, new, said):

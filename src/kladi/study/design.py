@@ -35,6 +35,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,6 +52,7 @@ PRIMARIES = ("balanced_accuracy", "auc", "accuracy", "macro_f1")
 NOT_PRETRAINED = "none"
 PATHS = ("data.taxonomy", "data.synonyms", "data.key", "data.store", "init.weights")
 """Settings that name a file; in a study they are relative to its file."""
+_NAME = re.compile(r"\w[\w +.-]{0,59}")
 OF_THE_STUDY = ("data", "intensity", "evaluate")
 """Sections that all methods of a study share: other pixels or rows would be another study."""
 CONTROLS = (
@@ -174,6 +176,9 @@ def from_tables(tables: Mapping[str, Any], folder: Path) -> Study:
 
 def _require_sense(study: Study) -> None:
     names = [method.name for method in study.methods]
+    for name in [*names, *(question.name for question in study.questions)]:
+        if not _NAME.fullmatch(name):
+            raise UserError(f"the name {name!r} becomes a file's: letters, digits, blanks and . _ + - only, at most 60")
     if not names:
         raise UserError("[methods.NAME] is missing: a study compares one method at least with its controls")
     if study.reference not in names:
