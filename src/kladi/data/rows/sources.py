@@ -112,8 +112,11 @@ _RADIMAGENET = re.compile(
 _AREAS = {"abd": "abdomen", "af": "ankle_foot"}
 
 
-def radimagenet(root: Path, paths: Sequence[str]) -> Source | None:  # noqa: ARG001  all readers are called alike
+def radimagenet(root: Path, paths: Sequence[str]) -> Source | None:
     """`{CT,MR}/<anatomy>/<pathology>/*.png` and `US/[<anatomy>/]<label>/*.png`, at any depth below the root."""
+    # Folders called MR/brain/... are anybody's: only the set's own top folder makes it this set.
+    if root.name != "radiology_ai" and not all("radiology_ai" in path.split("/") for path in paths):
+        return None
     matches = [_RADIMAGENET.fullmatch(path) for path in paths]
     if len(paths) < 2 or not all(matches) or not any(m and (m.group(1) or m.group(3)) for m in matches):
         return None
