@@ -95,21 +95,6 @@ def test_a_tree_in_the_features_is_present_and_noise_is_not():
     assert few.least_p == pytest.approx(1 / 3)
 
 
-def test_hyperbolicity_of_known_spaces():
-    def cycle(n):
-        i = np.arange(n)
-        d = np.abs(i[:, None] - i[None])
-        return np.minimum(d, n - d).astype(float)
-
-    nodes = np.arange(len(TREE))
-    assert diagnostics.delta_hyperbolicity(TREE.distance(nodes, nodes).astype(float)) == 0
-    assert diagnostics.delta_hyperbolicity(cycle(4)) == 1
-    corners = np.array([[0, 0], [0, 1], [1, 0], [1, 1]], dtype=float)
-    square = np.linalg.norm(corners[:, None] - corners[None], axis=-1)
-    assert diagnostics.delta_hyperbolicity(square) == pytest.approx(0.5858, abs=1e-4)
-    assert diagnostics.delta_hyperbolicity(np.zeros((0, 0))) == 0
-
-
 def test_shared_information():
     assert diagnostics.shared_information(["a", "a", "b", "b"], ["x", "x", "y", "y"]) == pytest.approx(1)
     assert diagnostics.shared_information(["a", "a", "b", "b"], ["x", "y", "x", "y"]) == pytest.approx(0, abs=1e-12)

@@ -143,6 +143,17 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again(data, w
     require_equal(train(data, half, resume=True), whole)
 
 
+def test_weights_are_read_again_where_no_checkpoint_was_written(data, whole, tmp_path):
+    """Continued pretraining, stopped before its first checkpoint, begins from its weights again, not from noise."""
+    given = {"init__weights": str(whole)}
+    straight = train(data, tmp_path / "straight", **given)
+    shutil.copytree(straight, tmp_path / "stopped")
+    for name in ("checkpoints", "model.safetensors", "config.json", "head.safetensors", "metrics.jsonl"):
+        path = tmp_path / "stopped" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    require_equal(train(data, tmp_path / "stopped", resume=True, **given), straight)
+
+
 def test_there_must_be_something_to_resume(data, tmp_path):
     with pytest.raises(UserError, match="leave --resume out"):
         train(data, tmp_path / "run", resume=True)

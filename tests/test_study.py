@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kladi import config as settings
 from kladi import toy
 from kladi.errors import UserError
 from kladi.evaluate.answers import Task
@@ -60,7 +62,6 @@ def own_home(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     before = {name: os.environ.get(name) for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME")}
     os.environ.update({name: str(home) for name in before})
-    cells.context.cache_clear()
     yield
     for name, value in before.items():
         os.environ.pop(name) if value is None else os.environ.update({name: value})
@@ -96,9 +97,9 @@ def changed(folder, *pairs, name="other.toml"):
     ("old", "new", "said"),
     [
         ('reference = "simclr"', 'reference = "simcrl"', r'"simcrl" is no method; closest: "simclr"'),
-        ('regimes = ["probe"]', 'regimes = ["prob"]', r'regimes has "prob".*closest: "probe"'),
+        ('regimes = ["probe"]', 'regimes = ["prob"]', r'regimes = "prob" is not one of probe.*closest: "probe"'),
         ("repeats = 2", "repeat = 2", r'repeat is no key of a study; closest: "repeats"'),
-        ("folds = 3", "folds = 2", r"folds = 2: takes a whole number of 3 or more"),
+        ("folds = 3", "folds = 2", r"folds 2: takes 3 to 100"),
         ("seeds = 2", "seeds = 3", r"seeds = 3 needs as many repeats"),
         ('controls = ["random_encoder"', 'controls = ["random_encodr"', r'closest: "random_encoder"'),
         ("[methods.scratch]", "[methods.scratch]\nintensity.size = 32", r"intensity.size is the same for all methods"),
@@ -109,7 +110,16 @@ def changed(folder, *pairs, name="other.toml"):
             r"takes one of classes, below and column; it has 2",
         ),
         ('data = "manifest.csv"\n', "", r"data is missing"),
-        ('name = "toy"', "name = 3", r"name = 3 is no text"),
+        ('objective.name = "simclr"', 'objective.name = "simcrl"', r'"simcrl" is not one of .*closest: "simclr"'),
+        ('objective.name = "simclr"', "train.lr = 0.1", r'methods.simclr: objective.name = "auto" is not one of'),
+        ('regimes = ["probe"]', "regimes = []", r"regimes names nothing"),
+        ("bootstrap = 100", "bootstrap = 100\nlabel_fractions = [0.0]", r"label_fractions 0: takes 1e-09 to 1"),
+        (
+            "[methods.scratch]",
+            "[finetune]\nstep = 3\n[methods.scratch]",
+            r'finetune.step is not a key; closest: "steps"',
+        ),
+        ('name = "toy"', "name = 3", r'name = "3" is not text'),
         ("[methods.scratch]", '[methods."../../scratch"]', r"the name '../../scratch' becomes a file's"),
         ("[tasks.shape]", '[tasks."a/b"]', r"the name 'a/b' becomes a file's"),
     ],
@@ -126,6 +136,7 @@ def test_a_mistake_is_named_with_the_closest_word(ward, old, new, said):
         ('below = "round"', 'column = "modalty"', r'no column "modalty"; closest: "modality"'),
         ('below = "round"', 'classes = {a = ["round"], b = ["round/disc"]}', r'"round/disc.*" is in two classes'),
         ('"histogram"', '"shuffled_tree"', r'control "shuffled_tree" has no use'),
+        ("[methods.scratch]", '[methods.scratch]\ninit.weights = "no.safetensors"', r"no\.safetensors: cannot be read"),
     ],
 )
 def test_a_mistake_that_only_the_data_show_is_named_too(ward, old, new, said):
@@ -167,7 +178,7 @@ def test_every_method_under_the_same_folds_against_the_reference(finished):
 
 def test_a_second_run_computes_nothing_and_gives_the_same_digest(finished, monkeypatch):
     before = results.read(finished)["digest"]
-    monkeypatch.setattr(cells, "run", lambda *a: pytest.fail("measured again"))
+    monkeypatch.setattr(cells, "_frozen", lambda *a: pytest.fail("measured again"))
     monkeypatch.setattr(arms, "encoder_of", lambda *a: pytest.fail("prepared again"))
     compare(finished.parent / "study.toml", finished)
     assert results.read(finished)["digest"] == before
@@ -192,6 +203,118 @@ def test_another_setting_is_never_answered_from_old_cells(finished, ward):
     compare(path, finished, say=said.append)
     assert sum("encoder    simclr" in line for line in said) == 2
     assert len(list((finished / "runs").glob("simclr-0-*"))) == 2
+
+
+def test_nothing_is_reused_once_rows_patients_sites_or_an_early_end_have_changed(ward, finished):
+    """What was kept holds positions of rows and shuffles over patients: each change has its own runs and cells."""
+    context = cells.context((ward / "study.toml").absolute(), finished.absolute())
+    data, arm, cell = context.dataset, context.arms[0], cells.cells(context)[0]
+    order = np.arange(len(data))[::-1]
+    moved = [
+        dataclasses.replace(data, row_id=data.row_id[order]),
+        dataclasses.replace(data, group=data.group[order]),
+        dataclasses.replace(data, columns={**data.columns, "site": ("a",) * len(data)}),
+    ]
+    for other in moved:
+        changed = dataclasses.replace(context, data_digest=cells.data_digest(other))
+        assert changed.run_of(arm, 0) != context.run_of(arm, 0)
+        assert cells.digest(cell, changed) != cells.digest(cell, context)
+    early = dataclasses.replace(arm, config=settings.override(arm.config, {"train.max_steps": 1}))
+    assert early.digest(0, "d") != arm.digest(0, "d")
+
+
+def test_a_file_that_decides_is_known_by_its_content(ward, tmp_path):
+    config = design.read(ward / "study.toml").config
+    digests = []
+    for number in range(2):
+        file = tmp_path / str(number) / "my_loss.py"
+        file.parent.mkdir()
+        file.write_text(f"# {number}")
+        named = settings.override(config, {"objective.name": f"{file}:Loss"})
+        digests.append(arms.Arm("m", named, "pretrained").digest(0, "d"))
+    assert digests[0] != digests[1]
+
+
+def test_an_edited_study_is_read_again_in_the_same_process(ward, tmp_path):
+    path = changed(ward, ("repeats = 2", "repeats = 2"), name="edited.toml")
+    compare(path, tmp_path / "S")
+    changed(ward, ("folds = 3", "folds = 4"), name="edited.toml")
+    compare(path, tmp_path / "S")
+    assert results.read(tmp_path / "S")["splits"]["folds"] == 4
+
+
+def test_a_run_that_was_killed_before_it_began_is_taken_up(ward, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "S")
+    for run in (tmp_path / "S").glob("runs/simclr-0-*"):  # another test may have left one of other settings
+        kept = (run / "rows.safetensors").read_bytes()
+        shutil.rmtree(run)
+        run.mkdir()
+        (run / "rows.safetensors").write_bytes(kept)
+        (run / "log.txt").write_text("begun\n")
+    compare(ward / "study.toml", tmp_path / "S")
+    assert results.read(tmp_path / "S")["digest"] == results.read(finished)["digest"]
+
+
+def test_the_family_is_the_reference_and_nothing_else(ward):
+    """A control of another method is compared with it, but decides nothing."""
+    path = changed(
+        ward,
+        ('"histogram"', '"shuffled_metadata"'),
+        ("[methods.scratch]", '[methods.metadata]\nobjective.name = "metadata"\n[methods.scratch]'),
+    )
+    compare(path, ward / "family")
+    content = results.read(ward / "family")
+    own = [c for c in content["comparisons"] if c["reference"] == "metadata, shuffled_metadata"]
+    assert {c["method"] for c in own} == {"metadata"}
+    assert all(c["holm_p"] is None for c in own)
+    decided = [c for c in content["comparisons"] if c["holm_p"] is not None]
+    said = {f"{c['metric']}, {c['regime']}, {c['dataset']}, {c['method']} against {c['reference']}" for c in decided}
+    assert said == set(content["study"]["family"])
+
+
+def test_a_share_named_twice_is_one_and_the_whole_is_always_there(ward):
+    study = design.read(changed(ward, ("bootstrap = 100", "bootstrap = 100\nlabel_fractions = [0.5, 0.5, 0.1]")))
+    assert study.label_fractions == (1.0, 0.5, 0.1)
+
+
+def test_two_trees_have_each_their_own_temperatures(ward):
+    path = changed(
+        ward,
+        ('"histogram"', '"matched_temperature"'),
+        (
+            "[methods.scratch]",
+            '[methods.a]\nobjective.name = "label_tree"\n[methods.b]\nobjective.name = "label_tree"\n'
+            'objective.args = { temperature = "warm" }\n[methods.scratch]',
+        ),
+    )
+    with pytest.raises(UserError, match=r"b: objective\.args\.temperature = warm is no number"):
+        arms.arms(design.read(path))
+    path.write_text(path.read_text().replace('"warm"', "0.2"))
+    names = [arm.name for arm in arms.arms(design.read(path)) if "supcon" in arm.name]
+    assert names == [f"a, supcon T {t}" for t in ("0.05", "0.07", "0.1", "0.14", "0.2")] + [
+        f"b, supcon T {t}" for t in ("0.1", "0.14", "0.2", "0.28", "0.4")
+    ]
+
+
+def test_a_tree_that_cannot_be_shuffled_is_said_before_anything_is_trained(ward):
+    lines = (ward / "manifest.csv").read_text().splitlines()
+    flat = [lines[0], *(line.replace("/", "_").replace("images_", "images/") for line in lines[1:])]
+    (ward / "flat.csv").write_text("\n".join(flat))
+    path = changed(
+        ward,
+        ("manifest.csv", "flat.csv"),
+        ('"histogram"', '"shuffled_tree"'),
+        ('below = "round"', 'column = "modality"'),
+        ("[methods.scratch]", '[methods.tree]\nobjective.name = "label_tree"\n[methods.scratch]'),
+    )
+    with pytest.raises(UserError, match=r"shuffled_tree of tree: .* cannot be arranged"):
+        compare(path, ward / "flat")
+    assert not list((ward / "flat").glob("runs/*"))
+
+
+def test_workers_are_one_or_more(ward):
+    with pytest.raises(UserError, match="--workers 0: takes 1 or more"):
+        compare(ward / "study.toml", ward / "never", workers=0)
 
 
 @pytest.mark.slow
@@ -258,7 +381,9 @@ def test_a_patient_on_both_sides_is_refused(ward):
 
 def test_shuffled_labels_are_dealt_over_patients_and_tests_keep_the_truth():
     data = toy.dataset(n=90, size=16)
-    study = design.from_tables({"data": "x", "methods": {"m": {}}, "folds": 3, "repeats": 1, "seeds": 1}, Path())
+    study = design.from_tables(
+        {"data": "x", "methods": {"m": {"objective": {"name": "simclr"}}}, "folds": 3, "repeats": 1, "seeds": 1}, Path()
+    )
     asked = questions.ask(design.Question("label"), data, np.ones(90, dtype=bool), study)
     part = asked.parts[0]
     dealt = questions.shuffled_labels(asked, part, seed=0)
@@ -291,7 +416,9 @@ def test_one_image_a_patient_is_a_plain_permutation_and_counts_are_kept():
 
 def test_fewer_labels_are_nested_stratified_and_of_whole_patients():
     data = toy.dataset(n=240, size=16)
-    study = design.from_tables({"data": "x", "methods": {"m": {}}, "folds": 5, "repeats": 2, "seeds": 1}, Path())
+    study = design.from_tables(
+        {"data": "x", "methods": {"m": {"objective": {"name": "simclr"}}}, "folds": 5, "repeats": 2, "seeds": 1}, Path()
+    )
     asked = questions.ask(design.Question("label"), data, np.ones(240, dtype=bool), study)
     part = asked.parts[0]
     all_patients = set(data.group[part.of == TRAIN])
@@ -313,7 +440,9 @@ def test_fewer_labels_are_nested_stratified_and_of_whole_patients():
 
 def test_a_task_is_classes_or_a_subtree_or_a_column():
     data = toy.dataset(n=90, size=16)
-    study = design.from_tables({"data": "x", "methods": {"m": {}}, "folds": 3, "repeats": 1, "seeds": 1}, Path())
+    study = design.from_tables(
+        {"data": "x", "methods": {"m": {"objective": {"name": "simclr"}}}, "folds": 3, "repeats": 1, "seeds": 1}, Path()
+    )
     everyone = np.ones(90, dtype=bool)
     names = np.array(data.taxonomy.names)
 
@@ -336,7 +465,9 @@ def test_a_task_is_classes_or_a_subtree_or_a_column():
 
 def test_only_rows_that_pretraining_has_not_seen_are_asked():
     data = toy.dataset(n=90, size=16)
-    study = design.from_tables({"data": "x", "methods": {"m": {}}, "folds": 3, "repeats": 1, "seeds": 1}, Path())
+    study = design.from_tables(
+        {"data": "x", "methods": {"m": {"objective": {"name": "simclr"}}}, "folds": 3, "repeats": 1, "seeds": 1}, Path()
+    )
     asked = questions.ask(design.Question("m", column="modality"), data, data.split != TRAIN, study)
     assert not (asked.task.target[data.split == TRAIN] >= 0).any()
 
@@ -374,7 +505,9 @@ def test_no_path_and_no_patient_in_what_is_kept(finished):
 def test_shuffled_labels_give_chance_where_the_true_ones_are_plain_to_see():
     """Features that hold the label whole: the true probe reads it, one taught with dealt labels answers by chance."""
     data = toy.dataset(n=240, size=16)
-    study = design.from_tables({"data": "x", "methods": {"m": {}}, "folds": 5, "repeats": 4, "seeds": 1}, Path())
+    study = design.from_tables(
+        {"data": "x", "methods": {"m": {"objective": {"name": "simclr"}}}, "folds": 5, "repeats": 4, "seeds": 1}, Path()
+    )
     asked = questions.ask(design.Question("label"), data, np.ones(240, dtype=bool), study)
     rng = np.random.default_rng(0)
     features = (np.eye(len(data.taxonomy))[data.target] + 0.2 * rng.normal(size=(240, len(data.taxonomy)))).astype("f4")

@@ -26,7 +26,7 @@ def check(data: Path, config: settings.Config, out: Path | None) -> int:
     start = time.perf_counter()
     inspection = load.inspect(data, config)
     _head("check", str(data), summary.described(inspection))
-    for name, text in summary.lines(inspection, time.perf_counter() - start):
+    for name, text in summary.lines(inspection, config, time.perf_counter() - start):
         _line(name, text)
     for name, text in summary.finding_lines(inspection.findings, inspection.manifest):
         _line(name, text)

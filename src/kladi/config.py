@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kladi.errors import UserError, closest
+from kladi.errors import UserError, closest, suggestion
 from kladi.sections import RANGES, Augment, Config, Data, Encoder, Evaluate, Init, Intensity, Objective, Train
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Intensity",
     "Objective",
     "Train",
+    "filled",
     "from_dict",
     "keys",
     "meanings",
@@ -40,6 +41,11 @@ __all__ = [
     "to_dict",
     "to_toml",
 ]
+
+
+T = typing.TypeVar("T", bound=Any)
+Ranges = Mapping[str, tuple[float | int, float | int]]
+"""Key -> least and most."""
 
 
 def read(path: Path) -> Config:
@@ -157,8 +163,30 @@ def _replaced(config: Config, key: str, value: Any, where: str) -> Config:
     return dataclasses.replace(config, **{section: dataclasses.replace(table, **{name: value})})
 
 
-def _check_range(key: str, value: Any, prefix: str) -> None:
-    least, most = RANGES.get(key, (-math.inf, math.inf))
+def filled(section: T, table: Mapping[str, Any], prefix: str, ranges: Ranges) -> T:
+    """A frozen dataclass with the keys of a table, each read as its own type and held to its range.
+
+    Args:
+        section: its values stay where the table is silent.
+        table: keys are field names.
+        prefix: of a key, in messages.
+        ranges: field -> least and most.
+
+    Raises:
+        UserError: a key that does not exist (names the closest), or a value that is impossible.
+    """
+    kinds = typing.get_type_hints(type(section))
+    read = {}
+    for key, value in table.items():
+        if key not in kinds:
+            raise UserError(f"{prefix}{key} is not a key" + suggestion(key, kinds))
+        read[key] = _coerced(value, kinds[key], f"{prefix}{key}")
+        _check_range(key, read[key], prefix, ranges)
+    return dataclasses.replace(section, **read)
+
+
+def _check_range(key: str, value: Any, prefix: str, ranges: Ranges = RANGES) -> None:
+    least, most = ranges.get(key, (-math.inf, math.inf))
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, float) and not math.isfinite(number):
             raise UserError(f"{prefix}{key} {number:g}: takes a finite number")

@@ -31,7 +31,7 @@ def described(inspection: Inspection) -> str:
     return ", ".join([*facts, f"{inspection.manifest.table.height:,} rows"])
 
 
-def lines(inspection: Inspection, seconds: float) -> Lines:
+def lines(inspection: Inspection, config: settings.Config, seconds: float) -> Lines:
     """The data in a few lines: columns, images, patients, splits, labels, structure."""
     manifest, store = inspection.manifest, inspection.store
     aliases = manifest.described.get("aliases") or {}
@@ -52,7 +52,7 @@ def lines(inspection: Inspection, seconds: float) -> Lines:
         f"{len(store):,} readable, {rate}: {', '.join(facts)}" if facts else f"{len(store):,} readable, {rate}",
     )
     if not inspection.errors():
-        yield from _joined(join(inspection, settings.Config()))
+        yield from _joined(join(inspection, config))
 
 
 def finding_lines(findings: Sequence[Finding], manifest: Manifest | None = None) -> Lines:

@@ -97,15 +97,17 @@ def settle(
     *,
     primary: str = PRIMARY,
     regimes: Sequence[str] = (PRIMARY_REGIME,),
+    reference: str | None = None,
     margin: float = MARGIN,
 ) -> list[dict[str, Any]]:
     """Holm's correction over the family, and the verdict of every comparison.
 
-    The family is the primary metric in `regimes`, over all methods, references and data sets in `found`. Everything
-    else is exploratory: an interval, no adjusted p, and at most a "leans".
+    The family is the primary metric in `regimes` against `reference` (None: against every reference), over all methods
+    and data sets in `found`. Everything else is exploratory: an interval, no adjusted p, and at most a "leans".
     """
     out = [dict(comparison) for comparison in found]
-    family = [c for c in out if c["regime"] in regimes and c["metric"] == primary]
+    primaries = [c for c in out if c["regime"] in regimes and c["metric"] == primary]
+    family = [c for c in primaries if reference in {None, c["reference"]}]
     p = np.array([c["corrected_t_p"] if c["corrected_t_p"] is not None else math.nan for c in family])
     for comparison, adjusted in zip(family, statistics.holm(p), strict=True):
         comparison["holm_p"] = _plain(float(adjusted))

@@ -196,24 +196,6 @@ def distance_correlation(F: Float[np.ndarray, "k k"], T: Float[np.ndarray, "k k"
     return math.sqrt(max(0.0, float((A * B).mean())) / scale) if scale > 1e-300 else math.nan
 
 
-def delta_hyperbolicity(D: Float[np.ndarray, "n n"], bases: Int[np.ndarray, " b"] | None = None) -> float:
-    """2 delta / diameter of a distance matrix: 0 for a tree, 1 for a 4-cycle, .586 for the corners of a square.
-
-        G(x, y) = (d(x, b) + d(y, b) - d(x, y)) / 2,   delta = max over b, x, y of max_z min(G(x, z), G(z, y)) - G(x, y)
-
-    Args:
-        D: distances.
-        bases: points b to try; None: all, which is exact. A single one is within a factor 2.
-    """
-    most = 0.0
-    for b in range(len(D)) if bases is None else bases.tolist():
-        G = (D[:, b][:, None] + D[b][None] - D) / 2
-        for x in range(len(D)):
-            most = max(most, float((np.minimum(G[x][:, None], G).max(axis=0) - G[x]).max()))
-    diameter = float(D.max(initial=0.0))
-    return 2 * most / diameter if diameter else 0.0
-
-
 # --- metadata ------------------------------------------------------------------------------------------------------
 
 
@@ -272,19 +254,26 @@ def shared_information(first: Sequence[str], second: Sequence[str]) -> float:
 # --- a data set ----------------------------------------------------------------------------------------------------
 
 
-def before_training(dataset: Dataset, intensity: settings.Intensity | None = None) -> tuple[Diagnostic, ...]:
+def before_training(
+    dataset: Dataset, intensity: settings.Intensity | None = None, grey: Float[np.ndarray, "n G"] | None = None
+) -> tuple[Diagnostic, ...]:
     """What tree and metadata say about grey levels, over the training rows, `MOST_ROWS` of them at most.
 
     Args:
         intensity: that the data set was decoded by; None: the default one, with the channels that are stored.
+        grey: `baselines.grey_features` of all rows, where they were made before.
     """
     train = np.flatnonzero(dataset.split == DATA_TRAIN)
     chosen = np.sort(train[philox.epoch_order(0, 0, dataset.row_id[train])][:MOST_ROWS])
     if len(chosen) < FEWEST_ROWS:
         return ()
-    pipeline = intensity or settings.Intensity(channels=dataset.store.images.shape[1])
-    grey = baselines.fit_grey(baselines.grey_features(dataset, pipeline, rows=chosen), np.ones(len(chosen), dtype=bool))
-    return of_dataset(dataset, grey, chosen)
+    if grey is None:
+        pipeline = intensity or settings.Intensity(channels=dataset.store.images.shape[1])
+        grey = baselines.grey_features(dataset, pipeline, rows=chosen)
+    else:
+        grey = grey[chosen]
+    fitted = baselines.fit_grey(grey, np.ones(len(chosen), dtype=bool))
+    return of_dataset(dataset, fitted, chosen)
 
 
 def of_dataset(

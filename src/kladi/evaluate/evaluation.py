@@ -125,7 +125,7 @@ def evaluate(
         methods=[account.method(method, encoder, dataset, digest) for method in methods],
         comparisons=_comparisons(drawn, methods, plan, parts),
         monitors=[{"method": encoder.name, **entry} for entry in encoder.about.monitors],
-        diagnostics=[d.to_dict() for d in diagnostics.before_training(dataset, encoder.intensity)],
+        diagnostics=[d.to_dict() for d in diagnostics.before_training(dataset, encoder.intensity, _grey(methods))],
         figures=_figures(measured, methods, plan, parts, drawn, encoder, cost),
     )
     return results.write(content, out)
@@ -208,6 +208,11 @@ def _comparisons(
         return []
     pairs = [(method.control_of, method.name) for method in methods if method.control_of]
     return comparisons.settle(comparisons.compare(drawn, pairs, plan.task, parts))
+
+
+def _grey(methods: Sequence[Method]) -> np.ndarray | None:
+    """Grey levels of all rows, where a control has made them."""
+    return next((method.features for method in methods if method.grey), None)
 
 
 def _write_predictions(path: Path, measured: list[Measured], own: Embeddings) -> None:

@@ -120,7 +120,7 @@ def measure(
     A fold in which a regime cannot be run, say with one class to train on, gives a row with a reason, never an error.
     """
     out, notes = Measured(), ProbeNotes()
-    keep = _Keeper(out, method.name, task, seed, config_digest, label_fraction)
+    keep = Keeper(out, method.name, task, seed, config_digest, label_fraction)
     view = _view(method, task, parts)
     for regime, run in (
         ("probe", partial(readouts.probe, lambdas=lambdas, notes=notes)),
@@ -128,7 +128,7 @@ def measure(
         ("prototype", readouts.prototype),
     ):
         if regime in regimes:
-            keep.unable(regime, view)
+            keep.unable(regime, parts)
             keep.answers(*_timed(run, view))
     if "retrieval" in regimes:
         keep.values("retrieval", *_timed(readouts.retrieval, view))
@@ -149,28 +149,31 @@ def _view(method: Method, task: Task, parts: tuple[Part, ...]) -> View:
     return View(method.name, task, parts, (method.features,), (points,), method.space)
 
 
-class _Keeper:
-    """Turns what was found into rows, each with its n, its patients and its share of the time."""
+class Keeper:
+    """Turns what was found into rows of `out`, each with its n, its patients and its share of the time."""
 
     def __init__(
-        self, out: Measured, method: str, task: Task, seed: int, config_digest: str, label_fraction: float
+        self, out: Measured, method: str, task: Task, seed: int, config_digest: str = "", label_fraction: float = 1.0
     ) -> None:
         self.out, self.method, self.task = out, method, task
         self.seed, self.config_digest, self.label_fraction = seed, config_digest, label_fraction
 
-    def unable(self, regime: str, view: View) -> None:
-        for part in view.parts:
+    def unable(self, regime: str, parts: tuple[Part, ...]) -> None:
+        """A row with a reason for each fold in which no classifier can be trained or tested."""
+        for part in parts:
             reason = readouts.cannot(part, self.task)
             if reason:
                 self._row(regime, part, Value(PRIMARY, float("nan"), part.rows(TEST), reason), (0.0, 0.0))
 
     def answers(self, found: list[Answered], seconds: Seconds) -> None:
+        """Answers and every metric that follows from them."""
         for part, answered in found:
             self.out.answers.append(answered)
             for value in values(answered, self.task):
                 self._row(answered.regime, part, value, seconds)
 
     def values(self, regime: str, found: list[Found], seconds: Seconds) -> None:
+        """Numbers that come without answers."""
         for part, value, rows in found:
             self._row(regime, part, value, seconds)
             if rows is not None:

@@ -97,6 +97,11 @@ def save(run: Path, snapshot: Snapshot, keep: int = KEEP) -> Path:
     return final
 
 
+def exist(run: Path) -> bool:
+    """Whether any checkpoint was ever written, intact or not."""
+    return bool(_folders(run))
+
+
 def newest(run: Path) -> Found | None:
     """The newest checkpoint whose files are all there and as they were written; None where none was ever written.
 

@@ -73,7 +73,8 @@ def fit(
     with _repeatable(config.train) as fabric:
         torch.manual_seed(seed_of(config.train.seed, "init"))
         t = training.assemble(dataset, config, fabric)  # nothing is written before all of this stands
-        match = backbones.load_weights(t.encoder, config.init.weights) if config.init.weights and not resume else None
+        goes_on = resume and checkpoint.exist(run)  # a run that was stopped before its first checkpoint begins again
+        match = None if goes_on or not config.init.weights else backbones.load_weights(t.encoder, config.init.weights)
         run_folder.make(run)
         with lock.held(run, force_unlock), signals.heard() as requests, _worded(run, config):
             checkpoint.clean(run)

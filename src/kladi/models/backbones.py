@@ -227,9 +227,10 @@ def export(encoder: Encoder, folder: Path, facts: Mapping[str, Any]) -> None:
     Raises:
         OSError: as the file system says.
     """
-    weights.write(folder / "model.safetensors", weights.to_bytes(encoder.model.state_dict(), {"format": "pt"}))
     described = json.dumps(describe(encoder, facts), indent=1, ensure_ascii=False)
     weights.write(folder / "config.json", described + "\n")
+    # Last, because its presence says that a run is finished.
+    weights.write(folder / "model.safetensors", weights.to_bytes(encoder.model.state_dict(), {"format": "pt"}))
 
 
 def describe(encoder: Encoder, facts: Mapping[str, Any]) -> dict[str, Any]:

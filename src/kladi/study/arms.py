@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
+from kladi import __version__
 from kladi import config as settings
 from kladi.data.dataset import TRAIN, Dataset
 from kladi.errors import UserError
@@ -53,15 +55,34 @@ class Arm:
         """Whether another seed is another encoder."""
         return self.kind in {"pretrained", "random", "shuffled_labels"}
 
+    @property
+    def reads_labels(self) -> bool:
+        """Whether its pretraining reads labels; a user's own loss is taken to."""
+        return self.kind == "pretrained" and self.config.objective.name not in {"simclr", "metadata"}
+
     def seeded(self, seed: int) -> settings.Config:
         return settings.override(self.config, {"train.seed": seed})
 
     def digest(self, seed: int, data_digest: str) -> str:
         """Over everything that decides this arm's embeddings."""
-        weights = self.config.init.weights
-        given = hashlib.sha256(Path(weights).read_bytes()).hexdigest() if weights else ""
-        said = [self.kind, self.shuffled, run_folder.config_digest(self.seeded(seed)), data_digest, given]
-        return hashlib.sha256("\n".join(said).encode()).hexdigest()
+        config = self.seeded(seed)
+        plugin = config.objective.name.rpartition(":")[0]
+        files = [content_digest(Path(file)) for file in (config.init.weights, plugin) if file]
+        said = [__version__, self.kind, self.shuffled, run_folder.config_digest(config), data_digest, *files]
+        return hashlib.sha256("\n".join([*said, str(config.train.max_steps)]).encode()).hexdigest()
+
+
+@lru_cache
+def content_digest(file: Path) -> str:
+    """SHA-256 of a file, or of the encoder in a run folder; read once a process.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return hashlib.sha256((file / "model.safetensors" if file.is_dir() else file).read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
 
 
 def arms(study: Study) -> tuple[Arm, ...]:
@@ -111,9 +132,8 @@ def encoder_of(arm: Arm, seed: int, dataset: Dataset, folder: Path) -> backbones
     """The encoder with which fine-tuning starts; pretraining happens here, and goes on where it was stopped."""
     if arm.kind == "pretrained":
         if not (folder / "model.safetensors").is_file():
-            config = arm.seeded(seed)
             seen = shuffled(arm, seed, dataset)
-            fit(seen, config, folder, resume=run_folder.begun(folder), progress=console.Silent())
+            fit(seen, arm.seeded(seed), folder, resume=folder.is_dir(), progress=console.Silent())
         return backbones.load(folder)
     encoder = random_encoder(arm.config.encoder, arm.config.intensity, seed=seed)
     if arm.kind == "given":
@@ -129,7 +149,10 @@ def shuffled(arm: Arm, seed: int, dataset: Dataset) -> Dataset:
         if dataset.taxonomy is None:
             raise UserError("shuffled_tree needs labels")
         used = np.unique(dataset.target[rows][dataset.target[rows] >= 0])
-        place, _ = shuffled_leaves(dataset.taxonomy, used, seed)
+        try:
+            place, _ = shuffled_leaves(dataset.taxonomy, used, seed)
+        except ValueError as error:
+            raise UserError(f"shuffled_tree of {arm.control_of}: {error}") from error
         return dataclasses.replace(
             dataset, target=np.where(dataset.target >= 0, place[np.maximum(dataset.target, 0)], -1)
         )
@@ -176,11 +199,11 @@ def _under(arm: Arm, control: str, study: Study) -> list[Arm]:
     if control == "shuffled_tree" and objective == "label_tree":
         return [Arm(f"{arm.name}, {control}", arm.config, "pretrained", shuffled="tree", **of)]
     if control == "matched_temperature" and objective == "label_tree":
-        usual = float(arm.config.objective.args.get("temperature", 0.1))
+        usual = number_of(arm, "temperature", 0.1)
         bare = dataclasses.replace(arm.config, objective=settings.Objective("supcon"))
         return [
             Arm(
-                f"supcon, T {factor * usual:g}",
+                f"{arm.name}, supcon T {factor * usual:g}",
                 settings.override(bare, {"objective.args": {"temperature": factor * usual}}),
                 "pretrained",
                 **of,
@@ -195,12 +218,20 @@ def _under(arm: Arm, control: str, study: Study) -> list[Arm]:
     return []
 
 
+def number_of(arm: Arm, key: str, usual: float) -> float:
+    """A number among the arguments of the arm's objective."""
+    value = arm.config.objective.args.get(key, usual)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{arm.name}: objective.args.{key} = {value} is no number")
+    return float(value)
+
+
 def _require_equal_budget(found: list[Arm]) -> None:
-    """Epochs and batch are the budget, since all see the same rows."""
-    budgets = {a.name: (a.config.train.epochs, a.config.train.batch) for a in found if a.kind == "pretrained"}
-    if len(set(budgets.values())) > 1:
-        said = "; ".join(f"{name} {epochs} epochs of {batch}" for name, (epochs, batch) in budgets.items())
-        raise UserError(f"equal_budget: the methods differ in epochs or batch: {said}")
+    """Epochs, batch and an earlier end are the budget, since all see the same rows."""
+    trained = [(arm.name, arm.config.train) for arm in found if arm.kind == "pretrained"]
+    if len({(train.epochs, train.batch, train.max_steps) for _, train in trained}) > 1:
+        said = "; ".join(f"{name} {train.epochs} epochs of {train.batch}" for name, train in trained)
+        raise UserError(f"equal_budget: the methods differ in epochs, batch or max_steps: {said}")
 
 
 def _sites(dataset: Dataset, rows: np.ndarray) -> list[np.ndarray]:

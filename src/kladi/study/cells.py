@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,12 +20,12 @@ from jaxtyping import Bool
 from kladi import __version__
 from kladi.data.dataset import TRAIN, Dataset
 from kladi.data.load import load
-from kladi.evaluate.answers import Task, values
+from kladi.errors import RunStopped
+from kladi.evaluate.answers import Task
 from kladi.evaluate.embed import Embeddings
-from kladi.evaluate.measure import Measured, Method, measure
+from kladi.evaluate.measure import Keeper, Measured, Method, measure
 from kladi.evaluate.readouts.finetune import fine_tune
-from kladi.evaluate.readouts.regimes import Part, cannot
-from kladi.evaluate.record.results import Row
+from kladi.evaluate.readouts.regimes import Part
 from kladi.learn import run_folder
 from kladi.losses import geometry as spaces
 from kladi.study import arms as every
@@ -71,6 +72,11 @@ class Context:
     warnings: tuple[str, ...]
     device: str
 
+    @property
+    def stamp(self) -> str:
+        """Of the study and its data, by which a process knows whether the context that it holds is still the one."""
+        return f"{self.study.digest} {self.data_digest}"
+
     def run_of(self, arm: Arm, seed: int) -> Path:
         """Where the arm's encoder and embeddings of that seed are."""
         return self.folder / "runs" / f"{arm.name}-{seed}-{arm.digest(seed, self.data_digest)[:10]}"
@@ -90,8 +96,22 @@ class Context:
 
 
 @lru_cache(maxsize=1)
+def held(path: Path, folder: Path, stamp: str) -> Context:
+    """The context in a worker, read once for a study and its data as they are.
+
+    Raises:
+        RunStopped: they have changed since the study began.
+    """
+    found = context(path, folder)
+    if found.stamp != stamp:
+        raise RunStopped(
+            "the study or its data have changed while it ran; the same command begins with them as they are"
+        )
+    return found
+
+
 def context(path: Path, folder: Path) -> Context:
-    """The context of a study file, read once a process.
+    """The context of a study file as it and its data are now.
 
     Raises:
         UserError: whatever is wrong with the study or its data; a patient in two splits among them.
@@ -101,11 +121,37 @@ def context(path: Path, folder: Path) -> Context:
     dataset, inspection = load(study.data, study.config)
     pretrained = any(arm.kind == "pretrained" for arm in found)
     unseen: Bool[np.ndarray, " n"] = (dataset.split != TRAIN) if pretrained else np.ones(len(dataset), dtype=bool)
+    for arm in found:
+        every.shuffled(arm, 0, dataset)  # what cannot be shuffled is said before anything is trained
     asked = {question.name: ask(question, dataset, unseen, study) for question in study.questions}
     warnings = [f.message for f in inspection.findings if f.severity == "warning"]
     warnings += [warning for one in asked.values() for warning in one.warnings]
-    data_digest = run_folder.digest(dataset)
-    return Context(study, folder, dataset, data_digest, found, asked, tuple(warnings), every.device_of(study.config))
+    warnings += _labels_beyond_the_fraction(study, found)
+    device = every.device_of(study.config)
+    return Context(study, folder, dataset, data_digest(dataset), found, asked, tuple(warnings), device)
+
+
+def data_digest(dataset: Dataset) -> str:
+    """Over all that cells and shuffles read: what a training reads, and order, patients and sites of the rows.
+
+    Cells keep positions of rows, and shuffles deal over patients and sites: with any of these changed, what was kept
+    is of other data.
+    """
+    said = hashlib.sha256(run_folder.digest(dataset).encode())
+    said.update(dataset.row_id.astype("<u8").tobytes() + dataset.group.astype("<i8").tobytes())
+    said.update(json.dumps([dataset.columns.get(name) for name in every.SITES]).encode())
+    return said.hexdigest()
+
+
+def _labels_beyond_the_fraction(study: Study, found: tuple[Arm, ...]) -> list[str]:
+    """Few-label numbers of an encoder that has seen all labels are not those of few labels."""
+    if min(study.label_fractions) == 1:
+        return []
+    return [
+        f"few labels: {arm.name} was pretrained with every label; the share is of its probe's labels alone"
+        for arm in found
+        if arm.reads_labels
+    ]
 
 
 def cells(context: Context) -> list[Cell]:
@@ -136,7 +182,7 @@ def digest(cell: Cell, context: Context) -> str:
         asked.digest,
         study.seed,
         study.seeds,
-        study.frozen if cell.regime == "frozen" else asdict(study.finetune),
+        study.frozen if cell.regime == "frozen" else [asdict(study.finetune), asdict(study.config.augment)],
     ]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
@@ -167,12 +213,14 @@ def _frozen(cell: Cell, context: Context) -> Measured:
     embedded = prepared(_source(arm, context), cell.seed, context)
     method = Method(arm.name, embedded.features, embedded.z, _space(arm), arm.kind == "histogram", arm.control_of)
     parts = context.parts(cell)
-    ask_each = [(asked.task, parts)]
+    ask_each, regimes = [(asked.task, parts)], list(study.frozen)
     if arm.kind == "shuffled_labels":  # other targets in every fold, so every fold is measured by itself
         ask_each = [(_retargeted(asked, part, study.seed), (part,)) for part in parts]
+        # Dealt labels say something of classifiers only.
+        regimes = [regime for regime in regimes if regime not in {"representation", "retrieval"}]
     out = Measured()
     for task, chosen in ask_each:
-        one = measure(method, task, chosen, seed=cell.seed, label_fraction=cell.fraction, regimes=study.frozen)
+        one = measure(method, task, chosen, seed=cell.seed, label_fraction=cell.fraction, regimes=regimes)
         out.rows += one.rows
         out.answers += one.answers if cell.fraction == 1 else []
         out.means += one.means if cell.fraction == 1 else []
@@ -189,6 +237,7 @@ def _fine_tuned(cell: Cell, context: Context) -> Measured:
     arm, asked = context.arm(cell.arm), context.asked[cell.question]
     part = next(p for p in asked.parts if (p.fold, p.repeat) == (cell.fold, cell.repeat))
     encoder = every.encoder_of(arm, cell.seed, context.dataset, context.run_of(arm, cell.seed))
+    wall, cpu = time.perf_counter(), time.process_time()
     answers = fine_tune(
         encoder,
         context.dataset,
@@ -200,30 +249,15 @@ def _fine_tuned(cell: Cell, context: Context) -> Measured:
         seed=context.study.seed + cell.repeat,
         device=context.device,
     )
-    base = {"method": arm.name, "regime": "finetune", "dataset": asked.task.name, "seed": cell.seed}
-    place = {"fold": cell.fold, "repeat": cell.repeat}
+    out = Measured()
+    keep = Keeper(out, arm.name, asked.task, cell.seed)
     if answers is None:
-        reason = cannot(part, asked.task)
-        return Measured(
-            rows=[Row(metric=context.study.primary, value=None, n=0, n_patients=0, reason=reason, **base, **place)]
-        )
-    rows = [
-        Row(
-            metric=value.metric,
-            value=value.value,
-            n=len(value.rows),
-            n_patients=asked.task.patients(value.rows),
-            reason=value.reason,
-            **base,
-            **place,
-        )
-        for value in values(answers, asked.task)
-    ]
-    return Measured(rows=rows, answers=[answers])
+        keep.unable("finetune", (part,))
+    else:
+        keep.answers([(part, answers)], (time.perf_counter() - wall, time.process_time() - cpu))
+    return out
 
 
 def _space(arm: Arm) -> spaces.Geometry:
-    args = arm.config.objective.args
-    return spaces.named(
-        str(args.get("geometry", "sphere")), float(args.get("curvature", 0.1)), float(args.get("clip", 2.3))
-    )
+    curvature, clip = every.number_of(arm, "curvature", 0.1), every.number_of(arm, "clip", 2.3)
+    return spaces.named(str(arm.config.objective.args.get("geometry", "sphere")), curvature, clip)

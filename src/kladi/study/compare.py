@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 
 from kladi.data.dataset import TRAIN
-from kladi.errors import RunStopped
+from kladi.errors import RunStopped, UserError
 from kladi.evaluate import comparisons, diagnostics
 from kladi.evaluate.embed import Embeddings
 from kladi.evaluate.measure import Measured
@@ -33,7 +34,7 @@ from kladi.learn import lock, run_folder
 from kladi.study import arms as every
 from kladi.study import cells, design
 from kladi.study.arms import Arm
-from kladi.study.cells import Cell, Context
+from kladi.study.cells import Context
 
 Say = Callable[[str], None]
 DECIDING = ("probe", "finetune")
@@ -59,6 +60,8 @@ def compare(path: Path, out: Path, *, workers: int = 1, say: Say | None = None, 
         RunStopped: an outside cause; everything finished so far is kept.
     """
     started, say = datetime.now(UTC), say or _silent
+    if workers < 1:
+        raise UserError(f"--workers {workers}: takes 1 or more")
     out = out.absolute()
     study = design.read(path)  # a mistake in the file leaves no folder behind
     run_folder.make(out)
@@ -72,13 +75,12 @@ def compare(path: Path, out: Path, *, workers: int = 1, say: Say | None = None, 
         lines, tasks = len(context.arms), len(context.asked)
         say(f"study      {lines} methods and controls on {tasks} tasks; reference {study.reference}")
         say(f"encoders   {len(encoders)}, of which {len(encoders) - len(missing)} are there")
-        _fan_out(
-            _prepare, [(path.absolute(), out, arm.name, seed) for arm, seed in missing], workers, say, _named_encoder
-        )
+        fan = _Fan(context, path.absolute(), workers, say)
+        fan.out(_prepare, [(arm.name, seed) for arm, seed in missing], "encoder    {} seed {}")
         every_cell = cells.cells(context)
         todo = [cell for cell in every_cell if cells.done(cell, context) is None]
         say(f"cells      {len(every_cell):,}, of which {len(every_cell) - len(todo):,} are there")
-        _fan_out(_measure, [(path.absolute(), out, cell) for cell in todo], workers, say, _named_cell)
+        fan.out(cells.run, [(cell,) for cell in todo], "measure    {}")
         say("compare    every method with its reference")
         content = _assembled(context, started)
         say("map        at most 2,000 images a method")
@@ -99,52 +101,54 @@ def _is_prepared(context: Context, arm: Arm, seed: int) -> bool:
     return (context.run_of(arm, seed) / "embeddings.npz").is_file()
 
 
-def _prepare(path: Path, out: Path, name: str, seed: int) -> None:
-    """One encoder and its embeddings, in whatever process this is."""
-    context = cells.context(path, out)
+def _prepare(name: str, seed: int, context: Context) -> None:
+    """One encoder and its embeddings."""
     cells.prepared(context.arm(name), seed, context)
 
 
-def _measure(path: Path, out: Path, cell: Cell) -> None:
-    cells.run(cell, cells.context(path, out))
+@dataclass(frozen=True)
+class _Fan:
+    """Does orders here, or in as many processes as there are workers."""
+
+    context: Context
+    path: Path
+    workers: int
+    say: Say
+
+    def out(self, work: Callable[..., None], orders: Sequence[tuple[Any, ...]], name: str) -> None:
+        """`work(*order, context)` for every order, each said when it is done, with what is left by the pace so far."""
+        begin = time.monotonic()
+        for count, number in enumerate(self._done(work, orders), start=1):
+            left = (time.monotonic() - begin) / count * (len(orders) - count)
+            self.say(f"{name.format(*orders[number])}  ({count:,} of {len(orders):,}{_left(left)})")
+
+    def _done(self, work: Callable[..., None], orders: Sequence[tuple[Any, ...]]) -> Iterator[int]:
+        """The number of each order, when it is done."""
+        if self.workers == 1:
+            for number, order in enumerate(orders):
+                work(*order, self.context)
+                yield number
+        elif orders:
+            where = (self.path, self.context.folder, self.context.stamp)
+            parallel = joblib.Parallel(n_jobs=self.workers, return_as="generator_unordered", pre_dispatch=self.workers)
+            call = joblib.delayed(_in_worker)
+            yield from parallel(
+                call(work, n, order, where, self.workers, os.getpid()) for n, order in enumerate(orders)
+            )
 
 
-def _named_encoder(order: tuple[Any, ...]) -> str:
-    return f"encoder    {order[2]} seed {order[3]}"
-
-
-def _named_cell(order: tuple[Any, ...]) -> str:
-    return f"measure    {order[2]}"
-
-
-def _fan_out(
+def _in_worker(
     work: Callable[..., None],
-    orders: Sequence[tuple[Any, ...]],
+    number: int,
+    order: tuple[Any, ...],
+    where: tuple[Path, Path, str],
     workers: int,
-    say: Say,
-    named: Callable[[tuple[Any, ...]], str],
-) -> None:
-    """All orders, each said when it is done, with what is left by the pace so far."""
-    if not orders:
-        return
-    begin = time.monotonic()
-    if workers == 1:
-        done = (_called(work, number, order, 1, 0) for number, order in enumerate(orders))
-    else:
-        parallel = joblib.Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch=workers)
-        here = os.getpid()
-        done = parallel(joblib.delayed(_called)(work, n, order, workers, here) for n, order in enumerate(orders))
-    for count, number in enumerate(done, start=1):
-        left = (time.monotonic() - begin) / count * (len(orders) - count)
-        say(f"{named(orders[number])}  ({count:,} of {len(orders):,}{_left(left)})")
-
-
-def _called(work: Callable[..., None], number: int, order: tuple[Any, ...], workers: int, parent: int) -> int:
-    """The work; in one process of several with its share of the cores, and not longer than the study lives."""
-    if workers > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-        _die_with(parent)
-    work(*order)
+    parent: int,
+) -> int:
+    """The work with its share of the cores, and not longer than the study lives."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    _die_with(parent)
+    work(*order, cells.held(*where))
     return number
 
 
@@ -205,7 +209,9 @@ def _assembled(context: Context, started: datetime) -> dict[str, Any]:
         drawn = comparisons.draw(found[name], asked.task, asked.parts, draws=study.bootstrap, seed=study.seed)
         compared += comparisons.compare(drawn, _pairs(context), asked.task, asked.parts)
         intervals += comparisons.intervals(drawn, asked.task, asked.parts)
-    settled = comparisons.settle(compared, primary=study.primary, regimes=DECIDING, margin=study.margin)
+    settled = comparisons.settle(
+        compared, primary=study.primary, regimes=DECIDING, reference=study.reference, margin=study.margin
+    )
     everything = [one for parts in found.values() for one in parts]
     return results.assemble(
         [row for one in everything for row in one.rows],
@@ -305,8 +311,7 @@ def _splits(context: Context) -> dict[str, Any]:
 def _method(arm: Arm, context: Context) -> dict[str, Any]:
     data, config = context.dataset, arm.config
     trained = arm.kind == "pretrained"
-    reads_labels = trained and config.objective.name not in {"simclr", "metadata"}
-    labels = int(((data.split == TRAIN) & (data.target >= 0)).sum()) if reads_labels else 0
+    labels = int(((data.split == TRAIN) & (data.target >= 0)).sum()) if arm.reads_labels else 0
     return {
         "method": arm.name,
         "objective": config.objective.name if trained else None,

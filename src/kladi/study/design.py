@@ -37,25 +37,20 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from kladi import config as settings
 from kladi.errors import UserError, suggestion
 from kladi.evaluate.measure import REGIMES as FROZEN
 from kladi.evaluate.readouts.finetune import Recipe
+from kladi.learn.objectives import PRESETS
 
-REGIMES = (*FROZEN, "finetune")
-PRIMARIES = ("balanced_accuracy", "auc", "accuracy", "macro_f1")
-NOT_PRETRAINED = "none"
-PATHS = ("data.taxonomy", "data.synonyms", "data.key", "data.store", "init.weights")
-"""Settings that name a file; in a study they are relative to its file."""
-_NAME = re.compile(r"\w[\w +.-]{0,59}")
-OF_THE_STUDY = ("data", "intensity", "evaluate")
-"""Sections that all methods of a study share: other pixels or rows would be another study."""
-CONTROLS = (
+Regime = Literal["probe", "knn", "prototype", "retrieval", "representation", "finetune"]
+Primary = Literal["balanced_accuracy", "auc", "accuracy", "macro_f1"]
+Control = Literal[
     "shuffled_metadata",
     "shuffled_metadata_within_site",
     "shuffled_tree",
@@ -64,7 +59,34 @@ CONTROLS = (
     "equal_budget",
     "random_encoder",
     "histogram",
-)
+]
+NOT_PRETRAINED = "none"
+PATHS = ("data.taxonomy", "data.synonyms", "data.key", "data.store", "init.weights")
+"""Settings that name a file; in a study they are relative to its file."""
+_NAME = re.compile(r"\w[\w +.-]{0,59}")
+OF_THE_STUDY = ("data", "intensity", "evaluate")
+"""Sections that all methods of a study share: other pixels or rows would be another study."""
+RANGES: dict[str, tuple[float, float]] = {
+    "folds": (3, 100),
+    "repeats": (1, 1000),
+    "seeds": (1, 1000),
+    "label_fractions": (1e-9, 1),
+    "margin": (0, 1),
+    "seed": (0, 2**31),
+    "bootstrap": (0, 10**6),
+}
+RECIPE_RANGES: dict[str, tuple[float, float]] = {
+    "steps": (1, 10**9),
+    "epochs": (0, 10**6),
+    "batch": (2, 10**6),
+    "encoder_lr": (0, 1e6),
+    "head_lr": (0, 1e6),
+    "scales": (0, 1e6),
+    "weight_decay": (0, 1e6),
+    "warmup": (0, 1),
+    "clip": (1e-12, 1e12),
+    "looks": (1, 10**6),
+}
 
 
 @dataclass(frozen=True)
@@ -86,26 +108,35 @@ class Question:
     column: str = ""
 
 
-@dataclass(frozen=True)
-class Study:
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """The plain keys of the file: what is decided before anything is measured."""
+
+    name: str = "study"
+    reference: str = ""
+    """The method that every other line is compared with; the first one where it is not said."""
+    primary: Primary = "balanced_accuracy"
+    regimes: tuple[Regime, ...] = ("probe",)
+    folds: int = 5
+    repeats: int = 10
+    seeds: int = 3
+    """Of pretraining; repeat r uses seed r mod seeds."""
+    label_fractions: tuple[float, ...] = (1.0,)
+    """Shares of the labelled training patients; 1 is always among them."""
+    controls: tuple[Control, ...] = ()
+    margin: float = 0.01
+    seed: int = 0
+    bootstrap: int = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study(Terms):
     """The whole of a study. `config` holds what all methods share."""
 
-    name: str
     data: Path
     config: settings.Config
     methods: tuple[Method, ...]
     questions: tuple[Question, ...]
-    reference: str
-    primary: str = "balanced_accuracy"
-    regimes: tuple[str, ...] = ("probe",)
-    folds: int = 5
-    repeats: int = 10
-    seeds: int = 3
-    label_fractions: tuple[float, ...] = (1.0,)
-    controls: tuple[str, ...] = ()
-    margin: float = 0.01
-    seed: int = 0
-    bootstrap: int = 2000
     finetune: Recipe = field(default_factory=Recipe)
 
     @property
@@ -143,32 +174,37 @@ def read(path: Path) -> Study:
 
 def from_tables(tables: Mapping[str, Any], folder: Path) -> Study:
     """The study of TOML's tables; paths are relative to `folder`."""
-    rest = dict(tables)
-    top = _Reader(rest, ("data", "taxonomy", "settings", "methods", "tasks", "finetune", *_plain(Study)), "")
-    base = {key: _path(key, value, folder) for key, value in _dotted(top.table("settings")).items()}
-    if "taxonomy" in rest:
-        base["data.taxonomy"] = str(folder / top.text("taxonomy"))
+    parts = {key: _table(tables, key) for key in ("settings", "methods", "tasks", "finetune")}
+    files = {key: _text(tables, key) for key in ("data", "taxonomy") if key in tables}
+    if "data" not in files:
+        raise UserError("data is missing: the manifest or folder that the study reads")
+    plain = {key: value for key, value in tables.items() if key not in parts and key not in files}
+    known = [f.name for f in dataclasses.fields(Terms)]
+    for key in plain:
+        if key not in known:
+            raise UserError(f"{key} is no key of a study{suggestion(key, [*known, *parts, 'data', 'taxonomy'])}")
+    terms = settings.filled(Terms(), plain, "", RANGES)
+    base = {key: _path(key, value, folder) for key, value in _dotted(parts["settings"]).items()}
+    if "taxonomy" in files:
+        base["data.taxonomy"] = str(folder / files["taxonomy"])
     config = settings.override(settings.Config(), base)
-    methods = tuple(_method(name, table, folder, config) for name, table in top.tables("methods").items())
-    questions = tuple(_question(name, table) for name, table in top.tables("tasks").items())
+    methods = tuple(_method(name, _table(parts["methods"], name), folder, config) for name in parts["methods"])
+    questions = tuple(_question(name, _table(parts["tasks"], name)) for name in parts["tasks"])
+    decided: dict[str, Any] = {
+        **vars(terms),
+        "reference": terms.reference or (methods[0].name if methods else ""),
+        "regimes": tuple(dict.fromkeys(terms.regimes)),
+        "controls": tuple(dict.fromkeys(terms.controls)),
+        # Comparisons rest on all labels, and a share that is named twice is one share.
+        "label_fractions": tuple(sorted({1.0, *terms.label_fractions}, reverse=True)),
+    }
     study = Study(
-        name=top.text("name", "study"),
-        data=folder / top.text("data"),
+        **decided,
+        data=folder / files["data"],
         config=config,
         methods=methods,
         questions=questions or (Question("label"),),
-        reference=top.text("reference", methods[0].name if methods else ""),
-        primary=top.one_of("primary", PRIMARIES),
-        regimes=top.some_of("regimes", REGIMES, ("probe",)),
-        folds=top.whole("folds", 5, 3),
-        repeats=top.whole("repeats", 10, 1),
-        seeds=top.whole("seeds", 3, 1),
-        label_fractions=top.numbers("label_fractions", (1.0,)),
-        controls=top.some_of("controls", CONTROLS, ()),
-        margin=top.number("margin", 0.01),
-        seed=top.whole("seed", 0, 0),
-        bootstrap=top.whole("bootstrap", 2000, 0),
-        finetune=_fine_tuning(top.table("finetune")),
+        finetune=settings.filled(Recipe(), parts["finetune"], "finetune.", RECIPE_RANGES),
     )
     _require_sense(study)
     return study
@@ -183,11 +219,13 @@ def _require_sense(study: Study) -> None:
         raise UserError("[methods.NAME] is missing: a study compares one method at least with its controls")
     if study.reference not in names:
         raise UserError(f'reference = "{study.reference}" is no method' + suggestion(study.reference, names))
-    if any(not 0 < fraction <= 1 for fraction in study.label_fractions):
-        raise UserError("label_fractions are shares of the training patients, above 0 and up to 1")
+    if not study.regimes:
+        raise UserError("regimes names nothing to measure by; probe is the usual one")
+    if not study.finetune.scales:
+        raise UserError("finetune.scales is empty; [1.0] trains at the learning rates as they are")
     if study.seeds > study.repeats:
         raise UserError(f"seeds = {study.seeds} needs as many repeats; there are {study.repeats}")
-    if "finetune" in study.regimes and study.regimes == ("finetune",) and study.controls:
+    if study.regimes == ("finetune",):
         frozen_only = [c for c in study.controls if c in {"histogram", "shuffled_labels"}]
         if frozen_only:
             raise UserError(f'control "{frozen_only[0]}" needs the regime "probe"')
@@ -200,113 +238,51 @@ def _method(name: str, table: Mapping[str, Any], folder: Path, config: settings.
         if section in OF_THE_STUDY:
             raise UserError(f"methods.{name}: {key} is the same for all methods; put it under [settings]")
     try:
-        settings.override(config, given)
+        objective = settings.override(config, given).objective.name
     except UserError as error:
         raise UserError(f"methods.{name}: {error}") from None
+    # Never "auto": controls and the table must know what a method is before the data do.
+    options = [*(preset for preset in PRESETS if preset != "auto"), NOT_PRETRAINED]
+    if objective not in options and ":" not in objective:
+        raise UserError(
+            f'methods.{name}: objective.name = "{objective}" is not one of {", ".join(options)}, nor my_file.py:MyLoss'
+            + suggestion(objective, options)
+        )
     return Method(name, given)
 
 
 def _question(name: str, table: Mapping[str, Any]) -> Question:
-    reader = _Reader(dict(table), ("classes", "below", "column"), f"tasks.{name}.")
-    given = [key for key in ("classes", "below", "column") if key in table]
-    if len(given) != 1:
-        raise UserError(f"tasks.{name} takes one of classes, below and column; it has {len(given)}")
+    keys = ("classes", "below", "column")
+    for key in table:
+        if key not in keys:
+            raise UserError(f"tasks.{name}.{key} is no key of a task{suggestion(key, keys)}")
+    if len(table) != 1:
+        raise UserError(f"tasks.{name} takes one of classes, below and column; it has {len(table)}")
+    if "classes" not in table:
+        return Question(name, below=_text(table, "below"), column=_text(table, "column"))
     classes = {}
-    for label, nodes in reader.table("classes").items():
+    for label, nodes in _table(table, "classes").items():
         words = [nodes] if isinstance(nodes, str) else nodes
         if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
             raise UserError(f"tasks.{name}.classes.{label} takes a list of nodes")
         classes[label] = tuple(words)
-    if "classes" in table and len(classes) < 2:
+    if len(classes) < 2:
         raise UserError(f"tasks.{name}.classes has {len(classes)}; a task needs two")
-    return Question(name, classes, reader.text("below", ""), reader.text("column", ""))
+    return Question(name, classes)
 
 
-def _fine_tuning(table: Mapping[str, Any]) -> Recipe:
-    reader = _Reader(dict(table), [f.name for f in dataclasses.fields(Recipe)], "finetune.")
-    default = Recipe()
-    return Recipe(
-        steps=reader.whole("steps", default.steps, 1),
-        epochs=reader.whole("epochs", default.epochs, 0),
-        batch=reader.whole("batch", default.batch, 2),
-        encoder_lr=reader.number("encoder_lr", default.encoder_lr),
-        head_lr=reader.number("head_lr", default.head_lr),
-        scales=reader.numbers("scales", default.scales),
-        weight_decay=reader.number("weight_decay", default.weight_decay),
-        warmup=reader.number("warmup", default.warmup),
-        clip=reader.number("clip", default.clip),
-        looks=reader.whole("looks", default.looks, 1),
-    )
+def _table(tables: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = tables.get(key, {})
+    if not isinstance(value, Mapping):
+        raise UserError(f"{key} is a table: [{key}]")
+    return value
 
 
-class _Reader:
-    """Typed access to a table, each key checked once; an unknown key is refused with the closest one."""
-
-    def __init__(self, table: Mapping[str, Any], known: Sequence[str], prefix: str) -> None:
-        self.content, self.prefix = table, prefix
-        for key in table:
-            if key not in known:
-                raise UserError(f"{prefix}{key} is no key of a study{suggestion(key, known)}")
-
-    def text(self, key: str, default: str | None = None) -> str:
-        value = self.content.get(key, default)
-        if value is None:
-            raise UserError(f"{self.prefix}{key} is missing")
-        if not isinstance(value, str):
-            raise UserError(f"{self.prefix}{key} = {value} is no text")
-        return value
-
-    def one_of(self, key: str, options: Sequence[str]) -> str:
-        value = self.text(key, options[0])
-        if value not in options:
-            raise UserError(
-                f'{self.prefix}{key} = "{value}" is not one of {", ".join(options)}{suggestion(value, options)}'
-            )
-        return value
-
-    def some_of(self, key: str, options: Sequence[str], default: tuple[str, ...]) -> tuple[str, ...]:
-        values = self.content.get(key, list(default))
-        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-            raise UserError(f"{self.prefix}{key} takes a list of {', '.join(options)}")
-        for value in values:
-            if value not in options:
-                raise UserError(
-                    f'{self.prefix}{key} has "{value}", not one of {", ".join(options)}{suggestion(value, options)}'
-                )
-        return tuple(dict.fromkeys(values))
-
-    def whole(self, key: str, default: int, least: int) -> int:
-        value = self.content.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise UserError(f"{self.prefix}{key} = {value}: takes a whole number of {least} or more")
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        return self._number(key, self.content.get(key, default))
-
-    def numbers(self, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
-        values = self.content.get(key, list(default))
-        if not isinstance(values, list) or not values:
-            raise UserError(f"{self.prefix}{key} takes a list of numbers")
-        return tuple(self._number(key, value) for value in values)
-
-    def table(self, key: str) -> Mapping[str, Any]:
-        value = self.content.get(key, {})
-        if not isinstance(value, Mapping):
-            raise UserError(f"{self.prefix}{key} is a table: [{self.prefix}{key}]")
-        return value
-
-    def tables(self, key: str) -> Mapping[str, Mapping[str, Any]]:
-        found = self.table(key)
-        for name, value in found.items():
-            if not isinstance(value, Mapping):
-                raise UserError(f"{key}.{name} is a table: [{key}.{name}]")
-        return found
-
-    def _number(self, key: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-            raise UserError(f"{self.prefix}{key} = {value}: takes a number of 0 or more")
-        return float(value)
+def _text(table: Mapping[str, Any], key: str) -> str:
+    value = table.get(key, "")
+    if not isinstance(value, str):
+        raise UserError(f"{key} = {value} is no text")
+    return value
 
 
 def _dotted(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -326,9 +302,3 @@ def _path(key: str, value: Any, folder: Path) -> Any:
 
 def _pathless(tables: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {s: {k: v for k, v in table.items() if f"{s}.{k}" not in PATHS} for s, table in tables.items()}
-
-
-def _plain(kind: type) -> list[str]:
-    """Keys of a study that are plain values."""
-    special = {"data", "config", "methods", "questions", "finetune"}
-    return [f.name for f in dataclasses.fields(kind) if f.name not in special]

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int
 from kladi.data.dataset import Dataset
 from kladi.data.views import philox
 from kladi.errors import UserError, suggestion
-from kladi.evaluate.answers import Task
+from kladi.evaluate.answers import MOST_AUC_CLASSES, Task
 from kladi.evaluate.measure import parts_of
 from kladi.evaluate.readouts.regimes import Part
 from kladi.evaluate.splits import TRAIN, UNUSED, Splits, make_splits, scored_classes
@@ -49,6 +49,12 @@ def ask(question: Question, dataset: Dataset, unseen: Bool[np.ndarray, " n"], st
     ]
     warnings += [f"{question.name}: {names[node]} has too few patients, not scored" for node in scored.dropped]
     task = Task(question.name, taxonomy, scored.target, dataset.group)
+    classes = len(np.unique(scored.target[scored.target >= 0]))
+    if study.primary == "auc" and classes > MOST_AUC_CLASSES:
+        raise UserError(
+            f'task {question.name}: primary = "auc" has no interval with {classes} classes; '
+            f'primary = "balanced_accuracy" has (auc: up to {MOST_AUC_CLASSES})'
+        )
     try:
         splits = make_splits(
             dataset.row_id,

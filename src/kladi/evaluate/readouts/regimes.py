@@ -178,8 +178,8 @@ def violations(view: View) -> Iterator[Found]:
 
 
 def health(view: View) -> Iterator[Found]:
-    """Numbers of the representation itself, on the rows that are tested in the first repeat (2,000 at most)."""
-    tested = np.any([part.of == TEST for part in view.parts if part.repeat == 0], axis=0)
+    """Numbers of the representation itself, on the rows that are tested in one repeat (2,000 at most)."""
+    tested = np.any([part.of == TEST for part in view.parts if part.repeat == view.parts[0].repeat], axis=0)
     rows = np.flatnonzero(tested)[:HEALTH_ROWS]
     features = view.features[0][rows]
     found = metrics.representation_health(features) if len(rows) else {}
