@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import tiny
-from kladi import losses, toy
+from kladi import losses, sections, toy
 from kladi.data.views.batch import Batch, View
 from kladi.errors import UserError
 from kladi.learn import objectives
@@ -309,3 +309,10 @@ def test_a_loss_that_reads_labels_needs_them():
     with pytest.raises(UserError, match="needs labels"):
         build("my_file:MyLoss", known=facts(labelled=0.0))
     build("my_file:Free", known=facts(labelled=0.0))
+
+
+def test_every_preset_is_known_to_read_labels_or_not():
+    assert sections.WITH_LABELS | sections.WITHOUT_LABELS | {"auto"} == set(objectives.PRESETS)
+    for name in sections.WITH_LABELS:
+        with pytest.raises(UserError, match="needs labels"):
+            objectives.build(name, {}, Facts(None, np.full(3, -1), None), torch.nn.Identity(), torch.nn.Identity())

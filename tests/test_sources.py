@@ -170,6 +170,24 @@ def test_a_medmnist_file_without_labels_is_refused_in_a_line(tmp_path):
         rows(tmp_path)
 
 
+def test_parts_of_different_sizes_are_named_and_left_out(tmp_path):
+    arrays = {f"{p}_labels": np.zeros((2, 1), np.uint8) for p in ("train", "val", "test")}
+    sizes = {"train_images": 28, "val_images": 28, "test_images": 14}
+    np.savez(tmp_path / "bloodmnist.npz", **arrays, **{k: np.zeros((2, n, n), np.uint8) for k, n in sizes.items()})
+    config = settings.override(settings.Config(), {"data.store": str(tmp_path / "store")})
+    found = load.inspect(tmp_path, config)
+    assert any(f.severity == "left out" and "parts of different sizes" in f.message for f in found.findings)
+
+
+def test_folders_of_an_institute_are_not_radimagenet(tmp_path):
+    """The same names without the set's own top folder: patients in them must not become labels."""
+    for i in range(12):
+        picture(tmp_path / "MR" / "brain" / "glioma" / f"p{i // 2:03d}" / f"{i}.png", i)
+    found, table, _ = rows(tmp_path)
+    assert "RadImageNet" not in found.described["kind"]
+    assert table["label"].null_count() == len(table)
+
+
 def test_other_folders_are_nobodys(tmp_path):
     for i in range(12):
         picture(tmp_path / ("cat", "dog")[i % 2] / f"{i}.png", i)

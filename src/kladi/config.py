@@ -38,6 +38,7 @@ __all__ = [
     "meanings",
     "override",
     "read",
+    "read_toml",
     "to_dict",
     "to_toml",
 ]
@@ -54,13 +55,21 @@ def read(path: Path) -> Config:
     Raises:
         UserError: the file is missing or no TOML, or a key or value in it is impossible.
     """
+    return override(Config(), _flatten(read_toml(path)), where=str(path))
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        UserError: it cannot be read, or is no TOML.
+    """
     try:
-        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a TOML file ({error})") from error
-    return override(Config(), _flatten(tables), where=str(path))
 
 
 def override(config: Config, values: Mapping[str, Any], where: str = "") -> Config:

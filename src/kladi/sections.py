@@ -112,6 +112,11 @@ class Encoder:
     """Hidden width and output width of the head that is dropped after pretraining."""
 
 
+WITH_LABELS = frozenset({"cross_entropy", "label_tree", "supcon"})
+WITHOUT_LABELS = frozenset({"metadata", "simclr"})
+"""Objectives that read labels, and that read none; "auto" and a user's own are in neither."""
+
+
 @dataclass(frozen=True)
 class Objective:
     """A preset by name (or `my_file:MyLoss`) and its keyword arguments."""

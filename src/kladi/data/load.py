@@ -22,6 +22,7 @@ from kladi.data.rows.labels import file_tree
 from kladi.data.rows.manifest import Manifest
 from kladi.data.views import philox
 from kladi.errors import UserError
+from kladi.sections import WITH_LABELS
 from kladi.structure.labelset import LabelSets
 from kladi.structure.synonyms import Synonyms
 from kladi.structure.synonyms import read as read_synonyms
@@ -66,7 +67,7 @@ def inspect(data: str | Path, config: settings.Config) -> Inspection:
     """Read the manifest, check it, decode every image into the store; collect the faults instead of raising them."""
     rows = manifest.read(data, config.data)
     taxonomy, tree_findings = _taxonomy(rows, config.data)
-    supervised = config.objective.name in {"label_tree", "supcon", "cross_entropy"}
+    supervised = config.objective.name in WITH_LABELS
     findings = [*rows.findings, *tree_findings, *checks.check(rows, config.data, taxonomy, supervised=supervised)]
     built, pixel_findings = store.build(
         [rows.root / path for path in rows.table["path"]],

@@ -19,8 +19,8 @@ from kladi.data.dataset import Dataset
 from kladi.learn import journal, run_folder
 from kladi.losses import geometry as spaces
 from kladi.models import backbones
+from kladi.sections import WITHOUT_LABELS
 
-LABEL_FREE = frozenset({"simclr"})
 MOST_POINTS = 2000
 """Points of the training curves that are kept."""
 _NO_CURVE = frozenset({"images", "waited", "seconds", "idle", "at_stop"})
@@ -70,8 +70,8 @@ def of_run(run: Path, dataset: Dataset) -> Pretraining:
     epochs = described.get("epochs")
     return Pretraining(
         objective=name,
-        supervised=name not in LABEL_FREE | {"metadata"},
-        reads_metadata=name not in LABEL_FREE,
+        supervised=name not in WITHOUT_LABELS,
+        reads_metadata=name != "simclr",
         space=spaces.named(geometry, float(args.get("curvature", 0.1)), float(args.get("clip", 2.3))),
         seen=seen_rows(run, dataset),
         epochs=round(epochs) if isinstance(epochs, int | float) else None,

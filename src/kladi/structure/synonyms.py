@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from kladi.config import read_toml
 from kladi.errors import UserError
 
 RUNGS = ("exact", "compact", "compound", "loose", "own", "unknown", "unmapped", "conflict")
@@ -128,12 +129,7 @@ def read(path: str | Path, base: Synonyms | None = None) -> Synonyms:
     Raises:
         UserError: the file cannot be read, is no TOML, or has another form; file and key are named.
     """
-    try:
-        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a TOML file ({error})") from error
+    tables = read_toml(path)
     try:
         return overlay(tables, base)
     except UserError as error:

@@ -25,6 +25,7 @@ from kladi.evaluate.evaluation import random_encoder
 from kladi.learn import console, run_folder, training
 from kladi.learn.fit import fit
 from kladi.models import backbones, heads
+from kladi.sections import WITHOUT_LABELS
 from kladi.study.design import NOT_PRETRAINED, Study
 from kladi.study.questions import over_patients
 
@@ -58,7 +59,7 @@ class Arm:
     @property
     def reads_labels(self) -> bool:
         """Whether its pretraining reads labels; a user's own loss is taken to."""
-        return self.kind == "pretrained" and self.config.objective.name not in {"simclr", "metadata"}
+        return self.kind == "pretrained" and self.config.objective.name not in WITHOUT_LABELS
 
     def seeded(self, seed: int) -> settings.Config:
         return settings.override(self.config, {"train.seed": seed})

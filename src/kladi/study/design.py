@@ -36,7 +36,6 @@ import dataclasses
 import hashlib
 import json
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,12 +159,7 @@ def read(path: Path) -> Study:
     Raises:
         UserError: the file is missing, no TOML, or says something impossible; the key and the closest word are named.
     """
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a TOML file ({error})") from error
+    tables = settings.read_toml(path)
     try:
         return from_tables(tables, path.parent)
     except UserError as error:

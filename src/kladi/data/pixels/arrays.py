@@ -97,7 +97,10 @@ def _read_npz(data: bytes, limits: Limits) -> np.ndarray:
         if not names:
             raise Unreadable("a ZIP archive without arrays", "I3")
         if set(MEDMNIST_KEYS) <= set(names):
-            return np.concatenate([_member(archive, key, limits) for key in MEDMNIST_KEYS])
+            parts = [_member(archive, key, limits) for key in MEDMNIST_KEYS]
+            if len({part.shape[1:] for part in parts}) > 1:
+                raise Unreadable("parts of different sizes", "I13")
+            return np.concatenate(parts)
         known = [key for key in PICTURE_KEYS if key in names]
         if len(names) > 1 and not known:
             raise Unreadable(f"{len(names)} arrays and none named {', '.join(PICTURE_KEYS)}", "I13")
