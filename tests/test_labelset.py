@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from kladi.errors import UserError
@@ -47,6 +47,40 @@ def naive(sets: LabelSets, a: int, p: int, *, discount: bool = True) -> float:
 
 
 # --- similarity ----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25)
+@given(columns(), st.lists(st.floats(0.1, 10), min_size=3, max_size=3))
+def test_other_weights_are_those_of_the_constructor(table: dict[str, list[str | None]], omega: list[float]) -> None:
+    weights = dict(zip(table, omega, strict=False))
+    assert LabelSets.from_columns(table).weighted(weights) == LabelSets.from_columns(table, weights=weights)
+
+
+@settings(max_examples=25)
+@given(columns())
+def test_an_attribute_of_weight_zero_is_as_if_it_were_not_there(table: dict[str, list[str | None]]) -> None:
+    first, *others = list(table)
+    assume(others)
+    without = LabelSets.from_columns({name: table[name] for name in others})
+    off = LabelSets.from_columns(table).weighted({first: 0})
+    assert (rows_table(off) == rows_table(without)).all()
+    assert off.smallest_useful_threshold == without.smallest_useful_threshold
+    assert (off.class_id == LabelSets.from_columns(table).class_id).all()  # a loader's targets stay what they are
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ({"b": 1}, 'weight of "b", which is no attribute'),
+        ({"a": -1}, "not a number from 0 on"),
+        ({"a": math.nan}, "not a number from 0 on"),
+        ({"a": math.inf}, "not a number from 0 on"),
+        ({"a": 0}, "nothing is left to compare"),
+    ],
+)
+def test_impossible_weights_are_refused(weights: dict[str, float], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        LabelSets.from_columns({"a": ["x", "y"]}).weighted(weights)
 
 
 def test_worked_example() -> None:

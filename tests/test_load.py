@@ -3,10 +3,11 @@
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from PIL import Image
 
 from kladi import config as settings
-from kladi.data import load
+from kladi.data import load, summary
 from kladi.data.dataset import HELD_OUT, TRAIN
 from kladi.errors import UserError
 from kladi.learn import run_folder
@@ -55,3 +56,64 @@ def test_a_root_is_taken_from_the_tree_and_kept_out_of_the_run(tmp_path):
     assert run_folder.portable(config).data.root == ""
     with pytest.raises(UserError, match="needs a label tree"):
         load.load(folder, settings.override(settings.Config(), {"data.root": "all"}))
+
+
+def metadata_of(tmp_path, **changes):
+    """Four pictures with an anatomy each, and the settings to read them."""
+    cells = ["lung", "heart", "chest", "flipper"] * 3
+    for number in range(len(cells)):
+        Image.new("L", (16, 16), 20 * number + 10).save(tmp_path / f"{number}.png")
+    rows = [f"{number}.png,{cell}" for number, cell in enumerate(cells)]
+    (tmp_path / "m.csv").write_text("path,anatomy\n" + "\n".join(rows) + "\n")
+    (tmp_path / "parts.csv").write_text("child,parent\nchest,\nlung,chest\nheart,chest\n")
+    values = {"data.metadata": "anatomy", "data.store": str(tmp_path / "store"), "data.held_out": "0"}
+    return settings.override(settings.Config(), {**values, **changes})
+
+
+def test_a_tree_of_the_values_makes_kin_similar_and_travels_with_the_run(tmp_path):
+    config = metadata_of(tmp_path, **{"data.metadata_trees.anatomy": str(tmp_path / "parts.csv")})
+    dataset, _ = load.load(tmp_path / "m.csv", config)
+    ids, table, _ = dataset.label_sets.similarity()
+    lung, heart, chest, flipper = ids[:4]
+    assert table[lung, chest] == 0.5
+    assert table[lung, heart] == pytest.approx(1 / 3)
+    assert table[lung, flipper] == 0
+    run = tmp_path / "run"
+    run.mkdir()
+    run_folder.begin(run, config, dataset, {}, torch.device("cpu"))
+    assert str(tmp_path) not in (run / "config.toml").read_text()
+    again = settings.override(run_folder.read_config(run), {"data.store": str(tmp_path / "store")})
+    (tmp_path / "parts.csv").unlink()
+    assert load.load(tmp_path / "m.csv", again)[0].label_sets == dataset.label_sets
+
+
+def test_unmapped_values(tmp_path):
+    known = load.load(tmp_path / "m.csv", metadata_of(tmp_path, **{"data.unmapped": "unknown"}))[0].label_sets.known
+    assert known[:4, 0].tolist() == [True, True, True, False]
+    with pytest.raises(UserError, match='column "anatomy", row 4: a value is no known value'):
+        load.load(tmp_path / "m.csv", metadata_of(tmp_path, **{"data.unmapped": "error"}))
+
+
+@pytest.mark.parametrize(
+    ("key", "file", "said"),
+    [
+        ("data.metadata_trees.anatom", "parts.csv", 'no column; closest: "anatomy"'),
+        ("data.metadata_trees.anatomy", "nowhere.csv", "nowhere.csv"),
+    ],
+)
+def test_trees_that_cannot_be_used(tmp_path, key, file, said):
+    config = metadata_of(tmp_path, **{key: str(tmp_path / file)})
+    with pytest.raises(UserError, match=said) as error:
+        load.load(tmp_path / "m.csv", config)
+    assert len(str(error.value).splitlines()) == 1
+    with pytest.raises(UserError, match="name its columns with --data"):
+        load.load(tmp_path / "m.csv", settings.override(config, {"data.metadata": ""}))
+
+
+def test_check_says_what_the_metadata_know_and_whom_they_draw_together(tmp_path):
+    config = metadata_of(tmp_path)
+    dataset, _ = load.load(tmp_path / "m.csv", config)
+    said = list(summary.metadata_lines(dataset, config.train.batch))
+    assert said[0] == ("metadata", "anatomy: 100% known; chest 3, heart 3, lung 3, 1 more; 3 rows no synonym fits")
+    # 12 rows in 4 kinds: an anchor meets the 2 others of its kind in both views, and its own other view.
+    assert said[1][1].startswith("threshold 1: an anchor has 5 positives (22%) in a batch of 12")

@@ -95,6 +95,24 @@ def test_worked_example(T, eq3, pairs, ones, weight, modality, anatomy, unknown,
         assert value(MultiLabelContrastiveLoss(T, 0.3, similarity), target) == pytest.approx(want, abs=1e-6)
 
 
+@pytest.mark.parametrize("unknown_pairs", ["keep", "drop"])
+def test_a_table_that_is_looked_up_for_each_batch_gives_what_the_whole_table_gives(unknown_pairs):
+    sets = LabelSets.from_columns({"m": ["a", "b", None, "a", None], "s": ["k", None, None, "l", "k"]})
+    target, table, comparable = (torch.from_numpy(np.array(p)) for p in sets.similarity(unknown_pairs=unknown_pairs))
+    some = target[torch.tensor([4, 1, 1, 2])]
+    z = drawn(B=4)
+    asked = []
+
+    def part(ids):
+        asked.append(ids.tolist())
+        found, which = sets.table(ids.numpy(), ids.numpy(), unknown_pairs=unknown_pairs)
+        return torch.from_numpy(found), torch.from_numpy(which)
+
+    whole = MultiLabelContrastiveLoss(0.07, 0.2, similarity=table, comparable=comparable)(z, some)
+    assert MultiLabelContrastiveLoss(0.07, 0.2, similarity=part)(z, some).item() == whole.item()
+    assert asked == [sorted(set(some.tolist()))]
+
+
 def test_worked_example_by_anchor():
     """The loops give the anchors of the sheet, and the loss gives the mean of the loops."""
     w = jaccard(SETS)

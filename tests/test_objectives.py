@@ -197,6 +197,35 @@ def test_auto_takes_what_the_data_can_carry(changes, name):
     assert objectives.resolved("auto", facts(**changes)) == name
 
 
+def test_metadata_of_one_attribute_is_supcon_on_it():
+    """Weight 0 leaves the others out: the controls "modality only" and "anatomy only" of a study."""
+    known = facts()
+    sets = known.label_sets
+    others = dict.fromkeys(set(sets.attributes) - {"modality"}, 0.0)
+    torch.manual_seed(0)
+    z = torch.randn(2, len(sets), 4, dtype=torch.float64)
+    objective = build("metadata", {"weights": others, "temperature": 0.1}, known)
+    found = objective.losses["metadata"](z, torch.from_numpy(sets.class_id.copy()))
+    of = sets.attributes.index("modality")
+    value = [next(k for k in sets.sets[u] if sets.label_attribute[k] == of) for u in sets.class_id]
+    assert found.item() == pytest.approx(losses.SupConLoss(0.1)(z, torch.tensor(value)).item(), abs=1e-9)
+
+
+@pytest.mark.parametrize("unknown_pairs", ["keep", "drop"])
+def test_very_many_label_sets_are_compared_batch_by_batch(monkeypatch, unknown_pairs):
+    known = facts()
+    target = torch.from_numpy(known.label_sets.class_id[:9].copy())
+    torch.manual_seed(0)
+    z = torch.randn(2, 9, 4, dtype=torch.float64)
+    args = {"unknown_pairs": unknown_pairs}
+    whole = build("metadata", args, known).losses["metadata"]
+    monkeypatch.setattr(objectives, "TABLE_CLASSES", 1)
+    parts = build("metadata", args, known).losses["metadata"]
+    assert whole.similarity is not None
+    assert parts.similarity is None
+    assert parts(z, target).item() == whole(z, target).item()
+
+
 def test_auto_on_flat_labels_and_on_nothing():
     known = facts()
     from kladi.structure.taxonomy import Taxonomy
@@ -221,6 +250,10 @@ def test_auto_on_flat_labels_and_on_nothing():
         ("metadata", {"normalise": 3}, {}, 'args.normalise = "3" is not text'),
         ("metadata", {"coverage_discount": "no"}, {}, "is not true or false"),
         ("label_tree", {"level_weights": 1.0}, {}, "is not a list of numbers"),
+        ("metadata", {"weights": 2.0}, {}, "is not a table"),
+        ("metadata", {"weights": {"modality": "heavy"}}, {}, 'weights.modality = "heavy" is not a number'),
+        ("metadata", {"weights": {"modalty": 2.0}}, {}, 'no attribute; closest: "modality"'),
+        ("metadata", {"weights": {"modality": -1.0}}, {}, "not a number from 0 on"),
         ("metadata", {"threshold": 0.0}, {}, "threshold"),
         ("metadata", {"instance": 2.0}, {}, "instance"),
         ("label_tree", {}, {"labelled": 0.0}, "no training image has one; --objective.name metadata needs none"),

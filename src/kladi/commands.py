@@ -46,8 +46,9 @@ def check(data: Path, config: settings.Config, out: Path | None) -> int:
 def plan(data: Path, out: Path, earlier: Path | None, given: Mapping[str, Any], smoke: bool) -> int:
     """Write the plan, each key with its reason."""
     from kladi import plan as planning
-    from kladi.data import load
+    from kladi.data import load, summary
     from kladi.evaluate import diagnostics
+    from kladi.learn import objectives
 
     earlier = earlier or (out if out.is_file() else None)  # what a person wrote is never overwritten
     kept = planning.changed_by_hand(earlier) if earlier else {}
@@ -73,6 +74,10 @@ def plan(data: Path, out: Path, earlier: Path | None, given: Mapping[str, Any], 
     for key, reason in reasons.items():
         section, name = key.split(".", 1)
         _line(key, f"{_shown(getattr(getattr(config, section), name.split('.')[0])):<24} {reason}", width=26)
+    of_loss = objectives.arguments("metadata", config.objective.args) if config.objective.name == "metadata" else {}
+    rules = {key: of_loss[key] for key in ("weights", "threshold") if key in of_loss}
+    for name, text in summary.metadata_lines(dataset, config.train.batch, **rules):
+        _line(name, text, width=26)
     if facts.held_out_patients:
         _line("held out", f"{facts.held_out_patients:,} patients, never seen in pretraining", width=26)
     if proof is not None:

@@ -22,6 +22,10 @@ class Data:
     """Columns (or DICOM attributes) that become label sets."""
     synonyms: str = ""
     """TOML file laid over the shipped synonyms of metadata values."""
+    metadata_trees: dict[str, Any] = field(default_factory=dict)
+    """Tree file of a column's values, e.g. --data.metadata_trees.anatomy parts.csv: a lung shares half with a chest."""
+    unmapped: typing.Literal["own", "unknown", "error"] = "own"
+    """A metadata value that no synonym and no tree knows: a value of its own, unknown, or an error."""
     frames: str = "all"
     """Frames of a multi-frame file: all, middle, first, or a number n for every n-th."""
     max_left_out: float = 0.05

@@ -24,7 +24,6 @@ from kladi.data.views import philox
 from kladi.errors import UserError
 from kladi.sections import WITH_LABELS
 from kladi.structure.labelset import LabelSets
-from kladi.structure.synonyms import Synonyms
 from kladi.structure.synonyms import read as read_synonyms
 from kladi.structure.taxonomy import Taxonomy
 
@@ -99,11 +98,7 @@ def join(inspection: Inspection, config: settings.Config) -> Dataset:
     if pixels is None or len(pixels) == 0:
         raise UserError("no image could be read")
     table = inspection.manifest.table[pixels.source.tolist()]
-    label_sets = None
     names = inspection.manifest.metadata
-    if names:
-        cells = {name: table[name].to_list() for name in names}
-        label_sets = LabelSets.from_columns(cells, synonyms=_synonyms(config.data))
     patients = table["patient"]
     group = patient_groups(patients, pixels.pixel_digest)
     target = _targets(table["label"], taxonomy)
@@ -115,7 +110,7 @@ def join(inspection: Inspection, config: settings.Config) -> Dataset:
         split=_splits(table["split"], group, target, pixels.row_id, config.data.held_out, config.train.seed),
         taxonomy=taxonomy,
         target=target,
-        label_sets=label_sets,
+        label_sets=_label_sets(table.select(names), config.data),
         columns=_columns(table, names),
         has_patients=patients.null_count() < len(patients),
     )
@@ -159,9 +154,19 @@ def _taxonomy(rows: Manifest, data: settings.Data) -> tuple[Taxonomy | None, lis
     return tree, [Finding("T2", "warning", text, ()) for text in tree.findings]
 
 
-def _synonyms(data: settings.Data) -> Synonyms | None:
-    """The user's own terms laid over the shipped ones; None: the shipped ones."""
-    return read_synonyms(data.synonyms) if data.synonyms else None
+def _label_sets(columns: pl.DataFrame, data: settings.Data) -> LabelSets | None:
+    """The metadata columns as label sets, by the user's synonyms and trees; None without columns."""
+    if not columns.width:
+        for key in ("metadata_trees", "synonyms"):
+            if getattr(data, key):
+                raise UserError(f"--data.{key} needs metadata: name its columns with --data.metadata a,b")
+        return None
+    return LabelSets.from_columns(
+        {name: columns[name].to_list() for name in columns.columns},
+        synonyms=read_synonyms(data.synonyms) if data.synonyms else None,
+        taxonomies={name: Taxonomy.read(Path(str(file))) for name, file in data.metadata_trees.items()},
+        unmapped=data.unmapped,
+    )
 
 
 def _targets(labels: pl.Series, taxonomy: Taxonomy | None) -> Int[np.ndarray, " n"]:

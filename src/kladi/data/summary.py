@@ -6,7 +6,7 @@ import csv
 import io
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ from kladi.data.findings import Finding, line, listed, visible
 from kladi.data.load import Inspection, join
 from kladi.data.rows.columns import ATTRIBUTES
 from kladi.data.rows.manifest import ROLES, Manifest
+from kladi.structure import coverage
 
 Lines = Iterator[tuple[str, str]]
 SHOWN = 20
 """Findings of one severity that are listed; the rest is counted."""
-RARE_PATIENTS = 5
+SHOWN_VALUES = 5
+"""Values of an attribute that are named."""
 
 
 def described(inspection: Inspection) -> str:
@@ -52,7 +54,9 @@ def lines(inspection: Inspection, config: settings.Config, seconds: float) -> Li
         f"{len(store):,} readable, {rate}: {', '.join(facts)}" if facts else f"{len(store):,} readable, {rate}",
     )
     if not inspection.errors():
-        yield from _joined(join(inspection, config))
+        dataset = join(inspection, config)
+        yield from _joined(dataset)
+        yield from metadata_lines(dataset, config.train.batch)
 
 
 def finding_lines(findings: Sequence[Finding], manifest: Manifest | None = None) -> Lines:
@@ -107,8 +111,6 @@ def _joined(dataset: Dataset) -> Lines:
     yield "splits", ", ".join(f"{name} {count:,}" for name, count in parts.items())
     if dataset.taxonomy is not None:
         yield "labels", _labels(dataset)
-    if dataset.label_sets is not None:
-        yield "metadata", _coverage(dataset)
 
 
 def _labels(dataset: Dataset) -> str:
@@ -127,13 +129,39 @@ def _labels(dataset: Dataset) -> str:
     )
 
 
-def _coverage(dataset: Dataset) -> str:
-    """Share of rows that know each attribute, and how many values it has."""
-    sets = dataset.label_sets
-    if sets is None:
-        return "none"
-    known = sets.known.mean(axis=0)
-    values = Counter(attribute for attribute, _ in sets.labels)
-    return ", ".join(
-        f"{name} {share:.0%} known, {values[name]} values" for name, share in zip(sets.attributes, known, strict=True)
-    )
+def metadata_lines(
+    dataset: Dataset, batch: int, *, weights: Mapping[str, float] | None = None, threshold: float | None = None
+) -> Lines:
+    """What each attribute knows of the training rows, and whom the loss would draw together in a batch.
+
+    Args:
+        batch: images a step.
+        weights, threshold: of the metadata loss; its own defaults where they are not given.
+    """
+    train = np.flatnonzero(dataset.split == TRAIN)
+    if dataset.label_sets is None or not len(train):
+        return
+    batch = min(batch, len(train))
+    sets = dataset.label_sets.weighted(weights or {}).take(train)
+    found = coverage.of(sets, dataset.group[train], batch=batch, threshold=threshold)
+    for attribute in found.attributes:
+        yield "metadata", _attribute(attribute)
+    if found.expected_positives is not None and found.positive_share is not None and found.own_view_only is not None:
+        yield (
+            "pairs",
+            f"threshold {found.threshold:.3g}: an anchor has {found.expected_positives:.0f} positives "
+            f"({found.positive_share:.0%}) in a batch of {batch:,}; {found.own_view_only:.1%} only their own view",
+        )
+    for text in found.findings:
+        yield "note", text
+
+
+def _attribute(found: coverage.AttributeCoverage) -> str:
+    """`anatomy: 93% known; chest 812, brain 520, 10 more; 14 rows no synonym fits`."""
+    values = [f"{visible(value)} {rows:,}" for value, rows in found.values[:SHOWN_VALUES]]
+    more = len(found.values) - len(values) + found.hidden
+    parts = [f"{found.name}: {found.known:.0%} known", ", ".join([*values, f"{more} more"] if more else values)]
+    if found.unmapped_rows:
+        shown = [f"{visible(text)} ({patients} patients)" for text, patients in found.unmapped[:SHOWN_VALUES]]
+        parts.append(f"{found.unmapped_rows:,} rows no synonym fits{': ' if shown else ''}{', '.join(shown)}")
+    return "; ".join(part for part in parts if part)

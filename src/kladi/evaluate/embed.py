@@ -146,7 +146,7 @@ def embed(
     Raises:
         UserError: the encoder carries no intensity pipeline and none is given, or an embedding is not finite.
     """
-    pipeline = intensity or getattr(encoder, "intensity", None)
+    pipeline: Any = intensity or getattr(encoder, "intensity", None)
     if pipeline is None:
         raise UserError("this encoder carries no intensity pipeline; give embed(..., intensity=) that of its training")
     place = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")

@@ -136,8 +136,8 @@ def evaluate(
 
 def _source(source: str | Path | nn.Module, dataset: Dataset, config: settings.Config) -> Subject:
     if isinstance(source, nn.Module):
-        intensity = getattr(source, "intensity", None) or config.intensity
-        architecture = getattr(source, "architecture", None)
+        intensity: Any = getattr(source, "intensity", None) or config.intensity
+        architecture: Any = getattr(source, "architecture", None)
         return Subject("encoder", source, None, intensity, Pretraining(), architecture, "given")
     run = Path(source)
     module = backbones.load(run)

@@ -30,7 +30,7 @@ from kladi.losses import (
     NTXentLoss,
     SupConLoss,
 )
-from kladi.structure.labelset import LabelSets
+from kladi.structure.labelset import TABLE_CLASSES, LabelSets
 from kladi.structure.taxonomy import Taxonomy
 
 LABEL, METADATA = "label", "metadata"
@@ -170,6 +170,7 @@ def metadata(
     *,
     temperature: float = 0.07,
     threshold: float | None = None,
+    weights: dict[str, float] | None = None,
     normalise: str = "count",
     coverage_discount: bool = True,
     unknown_pairs: str = "keep",
@@ -180,6 +181,7 @@ def metadata(
 
     Args:
         temperature, threshold, normalise: of the multi-label loss; no threshold: "shares any attribute".
+        weights: attribute -> how much it counts, 1 unless given; 0 leaves it out.
         coverage_discount: a pair of which little is known counts less.
         unknown_pairs: "keep" or "drop" pairs in the denominator of which nothing can be compared.
         instance: lambda in (1 - lambda) metadata + lambda NT-Xent; 0 leaves NT-Xent out, 1 is SimCLR.
@@ -192,15 +194,13 @@ def metadata(
         raise UserError(f"--objective.args.instance {instance} is not between 0 and 1")
     if unknown_pairs not in ("keep", "drop"):
         raise UserError(f'--objective.args.unknown_pairs "{unknown_pairs}" is neither keep nor drop')
-    _, table, comparable = sets.similarity(
-        coverage_discount=coverage_discount, unknown_pairs="drop" if unknown_pairs == "drop" else "keep"
-    )
+    if weights:
+        sets = sets.weighted(weights)
     loss = MultiLabelContrastiveLoss(
         temperature=temperature,
         threshold=sets.smallest_useful_threshold if threshold is None else threshold,
-        similarity=torch.from_numpy(table),
         normalise=normalise,
-        comparable=torch.from_numpy(comparable) if unknown_pairs == "drop" else None,
+        **_similarity(sets, coverage_discount=coverage_discount, unknown_pairs=unknown_pairs),
     )
     terms = {"metadata": Term(loss, METADATA, 1 - instance)}
     if instance:
@@ -296,22 +296,31 @@ def build(name: str, args: Mapping[str, Any], facts: Facts, encoder: nn.Module, 
         if target == LABEL:
             _require_labels(facts, name)
         return Supervised(encoder, projector, {plugin.term_name(name): Term(loss, target)})
+    given = arguments(name, args)
+    try:
+        return PRESETS[name](facts, encoder, projector, **given)
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--objective.args for {name}: {error}") from error
+
+
+def arguments(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a preset as its signature wants them.
+
+    Raises:
+        UserError: no such preset, no such argument, or a value of another kind; the closest word is named.
+    """
     if name not in PRESETS:
         raise UserError(f'--objective.name "{name}" is no objective' + suggestion(name, PRESETS))
-    preset = PRESETS[name]
-    known = {key: p for key, p in inspect.signature(preset).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    known = {k: p for k, p in inspect.signature(PRESETS[name]).parameters.items() if p.kind is p.KEYWORD_ONLY}
     given = dict(args)
     for key, value in given.items():
         if key not in known:
             near = suggestion(key, known) if known else "; it takes none"
             raise UserError(f"--objective.args.{key} is no argument of {name}{near}")
         given[key] = _fitting(value, str(known[key].annotation), f"--objective.args.{key}")
-    try:
-        return preset(facts, encoder, projector, **given)
-    except UserError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise UserError(f"--objective.args for {name}: {error}") from error
+    return given
 
 
 def _fitting(value: Any, annotation: str, what: str) -> Any:
@@ -324,10 +333,13 @@ def _fitting(value: Any, annotation: str, what: str) -> Any:
         "bool": (bool, "true or false"),
         "str": (str, "text"),
         "list[float]": (list, "a list of numbers"),
+        "dict[str, float]": (dict, "a table, for example { modality = 2.0 }"),
     }
     wanted, words = kinds[kind]
     if not isinstance(value, wanted):
         raise UserError(f'{what} = "{value}" is not {words}')
+    if isinstance(value, dict):
+        return {name: _fitting(inner, "float", f"{what}.{name}") for name, inner in value.items()}
     return value
 
 
@@ -348,6 +360,24 @@ def _view_term(weight: float) -> dict[str, Term]:
     return {"ntxent": Term(NTXentLoss(temperature=0.1), weight=weight)} if weight else {}
 
 
+def _similarity(sets: LabelSets, **rules: Any) -> dict[str, Any]:
+    """How much classes share, as the multi-label loss takes it: one table, or of very many the part a batch needs."""
+    drop = rules["unknown_pairs"] == "drop"
+    if len(sets.sets) <= TABLE_CLASSES:
+        _, table, comparable = sets.similarity(**rules)
+        return {
+            "similarity": torch.from_numpy(table),
+            "comparable": torch.from_numpy(comparable) if drop else None,
+        }
+
+    def part(ids: Int[Tensor, " u"]) -> tuple[Float[Tensor, "u u"], Bool[Tensor, "u u"] | None]:
+        some = ids.cpu().numpy()
+        table, comparable = sets.table(some, some, **rules)
+        return torch.from_numpy(table).to(ids.device), torch.from_numpy(comparable).to(ids.device) if drop else None
+
+    return {"similarity": part}
+
+
 def _dim(projector: nn.Module) -> int:
     """Width D of the embeddings."""
     dim: Any = projector.dim
@@ -355,5 +385,5 @@ def _dim(projector: nn.Module) -> int:
 
 
 def _idle_share(loss: nn.Module) -> float:
-    idle = getattr(loss, "idle", None)
+    idle: Any = getattr(loss, "idle", None)
     return 0.0 if idle is None else float(idle)

@@ -35,6 +35,7 @@ from kladi.data.dataset import HELD_OUT, TEST, TRAIN, VAL, Dataset
 from kladi.errors import RunStopped, UserError
 from kladi.models import weights
 from kladi.structure.labelset import LabelSets
+from kladi.structure.taxonomy import Taxonomy
 
 MAY_CHANGE = {
     "train.workers",
@@ -127,6 +128,8 @@ BEFORE_BEGIN = {
     "data.json",
 }
 """What a run may hold that was killed before its `config.toml` was written."""
+BEGINNINGS = (".tmp-", "tensorboard", "metadata_tree_")
+"""How further names of such files begin."""
 
 
 def require_nothing_foreign(run: Path) -> None:
@@ -136,7 +139,7 @@ def require_nothing_foreign(run: Path) -> None:
         UserError: it holds something else.
     """
     names = sorted(path.name for path in run.iterdir())
-    foreign = [n for n in names if n not in BEFORE_BEGIN and not n.startswith((".tmp-", "tensorboard"))]
+    foreign = [n for n in names if n not in BEFORE_BEGIN and not n.startswith(BEGINNINGS)]
     if foreign:
         raise UserError(f"--resume: {run} is no run of kladi's (it holds {foreign[0]}); give another --out")
 
@@ -148,6 +151,9 @@ def begin(run: Path, config: settings.Config, dataset: Dataset, notes: Mapping[s
         (run / "taxonomy.json").chmod(0o600)
     if config.data.synonyms:
         weights.write(run / "synonyms.toml", Path(config.data.synonyms).read_bytes())
+    for name, copy in _metadata_trees(config.data).items():
+        Taxonomy.read(Path(str(config.data.metadata_trees[name]))).write(run / copy)
+        (run / copy).chmod(0o600)
     rows = Rows.of(dataset)
     tensors = {
         "row_id": torch.from_numpy(rows.row_id.view(np.int64)),
@@ -214,7 +220,8 @@ def read_config(run: Path) -> settings.Config:
     if not begun(run):
         raise UserError(f"{run} is not a run: it holds no config.toml")
     config = settings.read(run / "config.toml")
-    named = {"data.taxonomy": config.data.taxonomy, "data.synonyms": config.data.synonyms}
+    trees = {f"data.metadata_trees.{name}": copy for name, copy in config.data.metadata_trees.items()}
+    named = {"data.taxonomy": config.data.taxonomy, "data.synonyms": config.data.synonyms, **trees}
     return settings.override(config, {key: str(run / name) for key, name in named.items() if name})
 
 
@@ -231,12 +238,18 @@ def portable(config: settings.Config) -> settings.Config:
         taxonomy="taxonomy.json" if config.data.taxonomy else "",
         root="",  # the copy has it already
         synonyms="synonyms.toml" if config.data.synonyms else "",
+        metadata_trees=_metadata_trees(config.data),
         key="",
         store="",
     )
     file, colon, name = config.objective.name.rpartition(":")
     objective = dataclasses.replace(config.objective, name=f"{Path(file).name}{colon}{name}")
     return dataclasses.replace(config, data=data, objective=objective, init=settings.Init())
+
+
+def _metadata_trees(data: settings.Data) -> dict[str, str]:
+    """Attribute -> the copy of its tree in a run folder; an attribute's name need not be one of a file."""
+    return {name: f"metadata_tree_{number}.json" for number, name in enumerate(sorted(data.metadata_trees))}
 
 
 def config_digest(config: settings.Config) -> str:

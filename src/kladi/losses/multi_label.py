@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -9,6 +11,9 @@ from typing_extensions import override
 
 from kladi.losses.contrast import OwnView, PairTables, contrast
 from kladi.losses.views import check_temperature, unit_rows
+
+Lookup = Callable[[Int[Tensor, " u"]], tuple[Float[Tensor, "u u"], Bool[Tensor, "u u"] | None]]
+"""Class ids -> how much they share, and which of them can be compared (None: all)."""
 
 SLACK = 1e-9
 """A similarity this little below the threshold reaches it: 1/3 against 0.3333... must not depend on rounding."""
@@ -69,7 +74,8 @@ class MultiLabelContrastiveLoss(nn.Module):
         threshold: in (0, 1]. Compared with a slack of 1e-9, so that 1/3 is 0.333...
         similarity: None: the target is bool[B, K], and w the Jaccard index of its rows (two empty sets: 0). Otherwise
             float[U, U], symmetric, in [0, 1], and the target is int64[B], a row of it for each image; both come from
-            `LabelSets.similarity()`. It is kept in float64 and cast to what a batch needs.
+            `LabelSets.similarity()`. It is kept in float64 and cast to what a batch needs. Where U x U is too large to
+            keep: a function from the distinct ids of a batch to their part of the table and of `comparable`.
         normalise: "count" divides by |P(a)|, so that anchors whose positives are mostly partial count less; "weight"
             divides by sum of w.
         comparable: bool[U, U]; where False the pair leaves the denominator too (own views never do).
@@ -88,25 +94,27 @@ class MultiLabelContrastiveLoss(nn.Module):
         self,
         temperature: float = 0.07,
         threshold: float = 0.3,
-        similarity: Float[Tensor, "U U"] | None = None,
+        similarity: Float[Tensor, "U U"] | Lookup | None = None,
         normalise: str = "count",
         comparable: Bool[Tensor, "U U"] | None = None,
     ) -> None:
         super().__init__()
         check_temperature(temperature)
+        table, lookup = (similarity, None) if isinstance(similarity, Tensor) else (None, similarity)
         if not 0 < threshold <= 1:
-            least = _least_useful(similarity)
+            least = _least_useful(table)
             raise ValueError(
                 f"threshold must be in (0, 1], not {threshold!r}: at 0 every pair counts; {least} means any overlap"
             )
         if normalise not in {"count", "weight"}:
             raise ValueError(f'normalise must be "count" or "weight", not {normalise!r}')
-        if similarity is not None:
-            _check_similarity(similarity)
-        if comparable is not None and (similarity is None or comparable.shape != similarity.shape):
+        if table is not None:
+            _check_similarity(table)
+        if comparable is not None and (table is None or comparable.shape != table.shape):
             raise ValueError("comparable must have the shape of similarity")
         self.temperature, self.threshold, self.normalise = temperature, threshold, normalise
-        self.register_buffer("similarity", None if similarity is None else similarity.double(), persistent=False)
+        self.lookup = lookup
+        self.register_buffer("similarity", None if table is None else table.double(), persistent=False)
         self.register_buffer("comparable", comparable, persistent=False)
         self.idle: Tensor | None = None
 
@@ -134,7 +142,7 @@ class MultiLabelContrastiveLoss(nn.Module):
 
     def _table(self, z: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Similarity (float64) and comparability of the classes in the batch, and the class of each image."""
-        if self.similarity is None:
+        if self.similarity is None and self.lookup is None:
             if target.dtype != torch.bool or target.ndim != 2:
                 raise ValueError("without a similarity table the target is bool[B, K], one row of labels an image")
             if len(target) != z.shape[1]:
@@ -143,10 +151,17 @@ class MultiLabelContrastiveLoss(nn.Module):
             return jaccard(sets), None, classes
         _check_ids(target, z)
         ids, classes = torch.unique(target, return_inverse=True)
+        return *self._part(ids), classes
+
+    def _part(self, ids: Int[Tensor, " u"]) -> tuple[Tensor, Tensor | None]:
+        """Similarity and comparability of some classes."""
+        if self.similarity is None:
+            assert self.lookup is not None  # or the target would have been label sets
+            return self.lookup(ids)
         for wrong in ids[(ids < 0) | (ids >= len(self.similarity))].tolist():
             raise IndexError(f"target {wrong} is no row of a similarity table of {len(self.similarity)} classes")
         comparable = None if self.comparable is None else self.comparable[ids][:, ids]
-        return self.similarity[ids][:, ids].double(), comparable, classes
+        return self.similarity[ids][:, ids], comparable
 
     @override
     def extra_repr(self) -> str:

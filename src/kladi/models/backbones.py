@@ -336,7 +336,8 @@ def _own_args(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 def _first_layers(model: nn.Module) -> list[str]:
     """Names of the weights that see the image's channels, as timm knows them."""
-    first = getattr(model, "pretrained_cfg", {}).get("first_conv") or ()
+    described: Any = getattr(model, "pretrained_cfg", {})
+    first = described.get("first_conv") or ()
     return [f"{layer}.weight" for layer in ((first,) if isinstance(first, str) else first)]
 
 

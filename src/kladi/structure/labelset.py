@@ -36,7 +36,7 @@ class LabelSets:
     class_id: int64[n], the class of each row.
     sets: for each of the U classes its labels, as ids into `labels`, ascending. The classes are in canonical order.
     class_known: bool[U, G], whether the attribute is known in the class. Known and without a label: known to be empty.
-    weight: float64[G], how much an attribute counts.
+    weight: float64[G], how much an attribute counts; 0: not compared.
     readings: attribute -> what became of its cells, for `coverage`. No part of equality.
     """
 
@@ -161,6 +161,25 @@ class LabelSets:
             self.attributes, self.labels, class_id.astype(np.int64), sets, known, self.weight.copy(), readings
         )
 
+    def weighted(self, weights: Mapping[str, float | int]) -> LabelSets:
+        """The same sets and classes under other attribute weights; 0 leaves an attribute out of the similarity.
+
+        Attributes that are not named keep their weight.
+
+        Raises:
+            UserError: a name that is no attribute, a weight below 0 or not finite, or nothing left to compare.
+        """
+        given = dict(zip(self.attributes, self.weight.tolist(), strict=True))
+        for name, weight in weights.items():
+            if name not in given:
+                raise UserError(f'weight of "{name}", which is no attribute{suggestion(name, given)}')
+            if not 0 <= weight < math.inf:
+                raise UserError(f'weight {weight:g} of "{name}" is not a number from 0 on')
+            given[name] = float(weight)
+        if not any(given.values()):
+            raise UserError("every attribute has weight 0: nothing is left to compare")
+        return dataclasses.replace(self, weight=np.array(list(given.values())))
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the content, hexadecimal; the same for any order of columns and any spelling of the cells."""
@@ -206,7 +225,7 @@ class LabelSets:
         if len(self.sets) > TABLE_CLASSES:
             raise UserError(
                 f"{len(self.sets):,} distinct label sets are too many for one table (up to {TABLE_CLASSES:,}); "
-                "is a column unique in each row? table(classes) gives the part that a batch needs"
+                "table(classes, classes) gives the part that a batch needs"
             )
         every = np.arange(len(self.sets))
         table = np.zeros((len(every), len(every)))
@@ -275,10 +294,11 @@ class LabelSets:
             most = np.maximum(most, np.bincount(self.label_attribute[list(members)], minlength=len(most)))
         omega = self.weight / self.weight.sum()
         least = 1.0
-        for g in np.flatnonzero(most > 0):
+        for g in np.flatnonzero((most > 0) & (omega > 0)):
             known, size = omega[g], omega[g] * most[g]
             least = min(least, known * omega[g] / (2 * size - omega[g]))
-            for h in sorted(set(range(len(most))) - {int(g)}, key=lambda h: -most[h]):
+            others = set(np.flatnonzero(omega > 0).tolist()) - {int(g)}
+            for h in sorted(others, key=lambda h: -most[h]):
                 known, size = known + omega[h], size + omega[h] * most[h]
                 least = min(least, known * omega[g] / (2 * size - omega[g]))
         return float(least)

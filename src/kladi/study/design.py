@@ -60,7 +60,7 @@ Control = Literal[
     "histogram",
 ]
 NOT_PRETRAINED = "none"
-PATHS = ("data.taxonomy", "data.synonyms", "data.key", "data.store", "init.weights")
+PATHS = ("data.taxonomy", "data.synonyms", "data.metadata_trees", "data.key", "data.store", "init.weights")
 """Settings that name a file; in a study they are relative to its file."""
 _NAME = re.compile(r"\w[\w +.-]{0,59}")
 OF_THE_STUDY = ("data", "intensity", "evaluate")
@@ -291,7 +291,11 @@ def _dotted(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _path(key: str, value: Any, folder: Path) -> Any:
-    return str(folder / value) if key in PATHS and isinstance(value, str) and value else value
+    if key not in PATHS or not value:
+        return value
+    if isinstance(value, Mapping):
+        return {name: _path(key, inner, folder) for name, inner in value.items()}
+    return str(folder / value) if isinstance(value, str) else value
 
 
 def _pathless(tables: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -66,7 +66,7 @@ class Loader:
             raise UserError("no rows to train on: the split calls none of them train")
         self._classes = {"label": dataset.target.astype(np.int64)}
         if dataset.label_sets is not None:
-            self._classes["metadata"] = dataset.label_sets.similarity()[0]
+            self._classes["metadata"] = dataset.label_sets.class_id.copy()
 
     @property
     def steps(self) -> int:
