@@ -102,6 +102,7 @@ def changed(folder, *pairs, name="other.toml"):
         ("folds = 3", "folds = 2", r"folds 2: takes 3 to 100"),
         ("seeds = 2", "seeds = 3", r"seeds = 3 needs as many repeats"),
         ('controls = ["random_encoder"', 'controls = ["random_encodr"', r'closest: "random_encoder"'),
+        ("[methods.scratch]", "[methods.scratch]\ntrain.devices = 2", r"trains each encoder in one process"),
         ("[methods.scratch]", "[methods.scratch]\nintensity.size = 32", r"intensity.size is the same for all methods"),
         ("train.epochs = 1", "train.epoch = 1", r"train.epoch is not a key; closest: .*train.epochs"),
         (

@@ -7,6 +7,7 @@ arguments, configuration, manifest or taxonomy; 130 and 143 stopped by INT and T
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -229,6 +230,8 @@ def _called(tokens: list[str]) -> int:
 def _said(message: str, code: int) -> int:
     from kladi.data.findings import visible
 
+    if code == 2 and int(os.environ.get("LOCAL_RANK") or 0) > 0:
+        return code  # one of several processes of a run: the first says it for all
     lines = [visible(line) for line in message.splitlines()] or [""]  # whatever a name or a file brought with it
     print("kladi: " + "\n       ".join(lines), file=sys.stderr)
     return code

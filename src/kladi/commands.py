@@ -96,9 +96,13 @@ def pretrain(data: Path, config: settings.Config, out: Path, *, resume: bool, fo
     """Train, or say what training would do."""
     from kladi.data import load, summary
     from kladi.data.dataset import TRAIN
+    from kladi.learn import ranks
     from kladi.learn.fit import fit
 
     dataset, inspection = load.load(data, config)
+    if ranks.follows(config.train):  # the process that leads the run says all there is to say
+        fit(dataset, config, out, resume=resume)
+        return 0
     _head("pretrain", str(out), f"seed {config.train.seed}, no network")
     _warnings(inspection)
     if dry_run:

@@ -123,7 +123,9 @@ def smoke(dataset: Dataset, config: settings.Config, steps: int = SMOKE_STEPS) -
     Raises:
         RunStopped: what would also have stopped the real run, hours later.
     """
-    short = settings.override(config, {"train.max_steps": steps, "train.epochs": max(config.train.epochs, steps)})
+    alone = {"train.devices": 1, "train.nodes": 1}
+    length = {"train.max_steps": steps, "train.epochs": max(config.train.epochs, steps)}
+    short = settings.override(config, {**alone, **length})
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         fit(dataset, short, run, progress=Silent())

@@ -32,6 +32,8 @@ class Data:
     """Share of rows that may be unreadable before the run is refused."""
     held_out: float = 0.3
     """Share of patients kept from pretraining for the evaluation, where the manifest has no column split."""
+    most_per_label: int = 0
+    """Training images of a label that are used at most, drawn by lot with `train.seed`; 0: all."""
     max_pixels: int = 178_956_970
     """Files whose header promises more pixels are left out before anything is allocated."""
     nonfinite: typing.Literal["leave_out", "zero"] = "leave_out"
@@ -157,6 +159,10 @@ class Train:
     """Threads that prepare batches ahead; any number gives the same bits."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
+    devices: int = 1
+    """Processes on this machine that train together, a device each. torchrun's own number where it starts them."""
+    nodes: int = 1
+    """Machines that train together; the same command is started on each, by torchrun or srun."""
     precision: str = "32-true"
     """32-true or bf16-mixed, Lightning Fabric's words."""
     deterministic: bool = True
@@ -214,12 +220,15 @@ class Config:
 RANGES: dict[str, tuple[float, float]] = {
     "data.max_left_out": (0, 1),
     "data.held_out": (0, 0.9),
+    "data.most_per_label": (0, 2**40),
     "data.max_pixels": (64, 2**40),
     "intensity.size": (8, 8192),
     "intensity.width": (1e-6, 1e12),
     "intensity.low": (0, 100),
     "intensity.high": (0, 100),
     "encoder.projector": (1, 2**20),
+    "train.devices": (1, 4096),
+    "train.nodes": (1, 4096),
     "evaluate.folds": (3, 100),
     "evaluate.repeats": (1, 1000),
     "evaluate.bootstrap": (0, 10**6),

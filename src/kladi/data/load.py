@@ -17,7 +17,7 @@ from kladi.data.dataset import HELD_OUT, TEST, TRAIN, VAL, Dataset
 from kladi.data.decoded import store
 from kladi.data.decoded.store import Store
 from kladi.data.findings import Finding, line, merged
-from kladi.data.rows import checks, manifest
+from kladi.data.rows import checks, manifest, sample
 from kladi.data.rows.labels import file_tree
 from kladi.data.rows.manifest import Manifest
 from kladi.data.views import philox
@@ -64,7 +64,7 @@ def load(data: str | Path, config: settings.Config) -> tuple[Dataset, Inspection
 
 def inspect(data: str | Path, config: settings.Config) -> Inspection:
     """Read the manifest, check it, decode every image into the store; collect the faults instead of raising them."""
-    rows = manifest.read(data, config.data)
+    rows = sample.at_most(manifest.read(data, config.data), config.data.most_per_label, config.train.seed)
     taxonomy, tree_findings = _taxonomy(rows, config.data)
     supervised = config.objective.name in WITH_LABELS
     findings = [*rows.findings, *tree_findings, *checks.check(rows, config.data, taxonomy, supervised=supervised)]

@@ -7,6 +7,7 @@ inside the model all follow from the seed and the step, so that a run that was k
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import time
@@ -24,7 +25,7 @@ from kladi import config as settings
 from kladi.data.dataset import Dataset
 from kladi.data.views.batch import Batch
 from kladi.errors import RunStopped, UserError
-from kladi.learn import checkpoint, diagnosis, lock, monitors, objectives, run_folder, signals, training
+from kladi.learn import checkpoint, diagnosis, lock, monitors, objectives, ranks, run_folder, signals, training
 from kladi.learn.console import Lines
 from kladi.learn.journal import Journal
 from kladi.learn.log import Log
@@ -75,6 +76,10 @@ def fit(
         t = training.assemble(dataset, config, fabric)  # nothing is written before all of this stands
         goes_on = resume and checkpoint.exist(run)  # a run that was stopped before its first checkpoint begins again
         match = None if goes_on or not config.init.weights else backbones.load_weights(t.encoder, config.init.weights)
+        if ranks.follows(config.train):
+            with signals.heard() as requests, _worded(run, config):
+                _follow(t, run, goes_on, requests)
+            return
         run_folder.make(run)
         with lock.held(run, force_unlock), signals.heard() as requests, _worded(run, config):
             checkpoint.clean(run)
@@ -85,6 +90,7 @@ def fit(
                 run_folder.require_empty(run)
             if found is None:
                 checkpoint.check_space(run, training.snapshot(t))
+            _join(t)
             with Log(run, progress or Lines(), config.train.tensorboard) as log:
                 log.data(dataset, t.objective)
                 name = objectives.resolved(config.objective.name, objectives.Facts.of(dataset))
@@ -117,18 +123,39 @@ def _train(t: Training, run: Path, journal: Journal, log: Log, requests: signals
             log.step(line)
             if t.at_epoch_end:
                 collapsed = _end_epoch(t, rows, journal, log)
-            stopping = bool(requests.stop or collapsed) or t.step == t.last
-            if stopping or requests.save or _due(t, time.monotonic() - saved_at):
+            stop, save = ranks.agreed(bool(requests.stop or collapsed), requests.save, device=t.fabric.device)
+            if stop or t.step == t.last or save or _due(t, time.monotonic() - saved_at):
                 journal.sync()
                 checkpoint.save(run, training.snapshot(t))
                 saved, saved_at, requests.save = t.step, time.monotonic(), False
             if collapsed:
                 raise RunStopped(collapsed)
-            if requests.stop and t.step < t.last:
+            if stop and t.step < t.last:
                 log.say("saved", f"step {saved:,} (verified); go on with the same command and --resume")
                 requests.leave()
     if not t.at_epoch_end:
         journal.write({**_look(t, rows), "at_stop": True})
+
+
+def _follow(t: Training, run: Path, goes_on: bool, requests: signals.Requests) -> None:
+    """Every step beside the process that leads: it writes and shows, this one only lends its device."""
+    _join(t)
+    found = checkpoint.newest(run) if goes_on else None
+    if found is not None:
+        training.restore(t, found.folder)
+    with contextlib.closing(_batches(t)) as batches:
+        for batch, waited in batches:
+            _step(t, batch, run, waited)
+            stop, _ = ranks.agreed(bool(requests.stop), requests.save, device=t.fabric.device)
+            if stop:
+                return
+
+
+def _join(t: Training) -> None:
+    """Start the other processes of this machine, unless they were started with us, and wait for all of them."""
+    if t.fabric.world_size > 1:
+        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # its banner is no line of ours
+        t.fabric.launch()
 
 
 def _step(t: Training, batch: Batch, run: Path, waited: float) -> dict[str, Any]:
@@ -137,11 +164,12 @@ def _step(t: Training, batch: Batch, run: Path, waited: float) -> dict[str, Any]
     rate = learning_rate(t.step, t.steps, train.lr, train.warmup)
     for group in t.optimizer.param_groups:
         group["lr"] = rate
-    torch.manual_seed(seed_of(train.seed, "step", t.step))
+    torch.manual_seed(seed_of(train.seed, "step", t.step) + t.fabric.global_rank)
     with t.fabric.autocast():
         terms = t.objective(batch)
     loss = t.objective.total(terms)
     t.fabric.backward(loss)
+    ranks.mean_gradients(t.objective.parameters())
     norm = t.fabric.clip_gradients(t.objective, t.optimizer, max_norm=train.clip or math.inf, error_if_nonfinite=False)
     if norm is None or not diagnosis.is_finite(terms, norm):
         raise _not_finite(t, batch, terms, norm, run)
@@ -156,7 +184,7 @@ def _step(t: Training, batch: Batch, run: Path, waited: float) -> dict[str, Any]
         "idle": dict(t.objective.idle),
         "lr": rate,
         "grad_norm": norm.item(),
-        "images": len(batch.row),
+        "images": len(batch.row) * ranks.world(),
         "seconds": waited + time.monotonic() - start,
         "waited": waited,
     }
@@ -208,7 +236,7 @@ def _due(t: Training, since: float) -> bool:
 
 def _not_finite(t: Training, batch: Batch, terms: Mapping[str, Tensor], norm: Tensor | None, run: Path) -> RunStopped:
     """Find out what went wrong in a step that must not be taken, keep that, and word it."""
-    torch.manual_seed(seed_of(t.config.train.seed, "step", t.step))
+    torch.manual_seed(seed_of(t.config.train.seed, "step", t.step) + t.fabric.global_rank)
     with t.fabric.autocast():
         found = diagnosis.examine(
             t.objective, batch, t.dataset, terms, torch.tensor(math.nan) if norm is None else norm

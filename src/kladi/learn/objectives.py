@@ -21,7 +21,7 @@ from typing_extensions import override
 from kladi.data.dataset import TRAIN, Dataset
 from kladi.data.views.batch import Batch, View
 from kladi.errors import UserError, suggestion
-from kladi.learn import plugin
+from kladi.learn import plugin, ranks
 from kladi.learn.classifier import LinearClassifier
 from kladi.losses import (
     HierarchyWeightedContrastiveLoss,
@@ -72,7 +72,7 @@ class Supervised(nn.Module):
     @override
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Each term, unweighted."""
-        z = project(self.encoder, self.projector, batch.views)
+        z = ranks.rows_of_all(project(self.encoder, self.projector, batch.views).transpose(0, 1)).transpose(0, 1)
         terms: dict[str, Tensor] = {}
         self.idle = {}
         for name, loss in self.losses.items():
@@ -86,10 +86,10 @@ class Supervised(nn.Module):
     def _term(self, loss: nn.Module, z: Float[Tensor, "V B D"], batch: Batch, target: str) -> tuple[Tensor, float]:
         if not target:
             return loss(z), _idle_share(loss)
-        present: Bool[Tensor, " B"] = batch.present[target]
+        present: Bool[Tensor, " B"] = ranks.rows_of_all(batch.present[target])
         if not bool(present.any()):
             return z.float().sum() * 0, 1.0
-        return loss(z[:, present], batch.target[target][present]), _idle_share(loss)
+        return loss(z[:, present], ranks.rows_of_all(batch.target[target])[present]), _idle_share(loss)
 
 
 class Siamese(Supervised):

@@ -33,11 +33,14 @@ import kladi
 from kladi import config as settings
 from kladi.data.dataset import HELD_OUT, TEST, TRAIN, VAL, Dataset
 from kladi.errors import RunStopped, UserError
+from kladi.learn import ranks
 from kladi.models import weights
 from kladi.structure.labelset import LabelSets
 from kladi.structure.taxonomy import Taxonomy
 
 MAY_CHANGE = {
+    "train.devices",
+    "train.nodes",
     "train.workers",
     "train.tensorboard",
     "train.checkpoint_steps",
@@ -48,7 +51,7 @@ MAY_CHANGE = {
     "init.weights",
 }
 """Keys that have no say in the numbers of a resumed run; `evaluate.*` and the index of a device neither."""
-BITS = ("torch", "device", "threads", "kladi", "timm")
+BITS = ("torch", "device", "processes", "threads", "kladi", "timm")
 """Facts of the environment that decide whether a resumed run has the same bits."""
 
 
@@ -292,6 +295,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "numpy": np.__version__,
         "safetensors": safetensors.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processes": ranks.world(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
     }

@@ -6,19 +6,22 @@ import dataclasses
 import hashlib
 import importlib.util
 import math
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from timm.layers import convert_sync_batchnorm
 from torch.optim import SGD, AdamW, Optimizer
 
 from kladi import config as settings
 from kladi.data.dataset import Dataset
 from kladi.data.views.loader import Loader
 from kladi.errors import UserError, suggestion
-from kladi.learn import checkpoint, monitors, objectives, run_folder, state
+from kladi.learn import checkpoint, monitors, objectives, ranks, run_folder, state
 from kladi.models import backbones, weights
 from kladi.models.heads import Projector
 
@@ -77,7 +80,9 @@ def assemble(dataset: Dataset, config: settings.Config, fabric: Fabric) -> Train
     facts = objectives.Facts.of(dataset)
     objective = objectives.build(config.objective.name, config.objective.args, facts, encoder, projector)
     objective.to(fabric.device)
-    loader = Loader(dataset, config, VIEWS, fabric.device)
+    if fabric.device.type == "cuda" and fabric.world_size > 1:
+        objective = convert_sync_batchnorm(objective)  # torch has none for the CPU: there each process has its own
+    loader = Loader(dataset, config, VIEWS, fabric.device, rank=fabric.global_rank, world=fabric.world_size)
     optimizer = optimizer_of(objective, config.train)
     return Training(config, dataset, fabric, encoder, objective, optimizer, loader, run_folder.digest(dataset))
 
@@ -155,7 +160,16 @@ def device(train: settings.Train) -> Fabric:
             f'--train.device "{train.device}": this machine has {there[kind]} of that kind; closest: "auto"'
         )
     precision: Any = train.precision
-    return Fabric(accelerator=kind, devices=1 if kind == "cpu" else [int(index or 0)], precision=precision)
+    devices, nodes = ranks.counted(train)
+    if devices * nodes == 1:
+        return Fabric(accelerator=kind, devices=1 if kind == "cpu" else [int(index or 0)], precision=precision)
+    if kind == "mps" or index:
+        raise UserError(f'--train.device "{train.device}" is one device, not {devices}; closest: "{kind}"')
+    if devices > there[kind] and kind != "cpu":
+        raise UserError(f"--train.devices {devices}: this machine has {there[kind]}")
+    if nodes == 1 and sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the processes of one machine need no network
+    return Fabric(accelerator=kind, devices=devices, num_nodes=nodes, strategy="ddp", precision=precision)
 
 
 def snapshot(t: Training) -> checkpoint.Snapshot:
@@ -168,7 +182,7 @@ def snapshot(t: Training) -> checkpoint.Snapshot:
         "spread": dataclasses.astuple(t.spread) if t.spread else None,
         "config_digest": run_folder.config_digest(t.config),
         "data_digest": t.data_digest,
-        "world_size": 1,
+        "world_size": t.fabric.world_size,
         "best": None,
     }
     return state.capture(t.objective, t.optimizer, facts)

@@ -232,9 +232,14 @@ def _method(name: str, table: Mapping[str, Any], folder: Path, config: settings.
         if section in OF_THE_STUDY:
             raise UserError(f"methods.{name}: {key} is the same for all methods; put it under [settings]")
     try:
-        objective = settings.override(config, given).objective.name
+        method = settings.override(config, given)
     except UserError as error:
         raise UserError(f"methods.{name}: {error}") from None
+    if method.train.devices * method.train.nodes > 1:
+        raise UserError(
+            f"methods.{name}: a study trains each encoder in one process; --workers N trains N side by side"
+        )
+    objective = method.objective.name
     # Never "auto": controls and the table must know what a method is before the data do.
     options = [*(preset for preset in PRESETS if preset != "auto"), NOT_PRETRAINED]
     if objective not in options and ":" not in objective:

@@ -62,6 +62,13 @@ class Loader:
         self.dataset, self.config, self.views, self.device = dataset, config, views, device
         self.rows = np.flatnonzero(dataset.split == TRAIN) if rows is None else rows.astype(np.int64)
         self.rank, self.world = rank, world
+        if config.train.batch % world:
+            near = max(1, config.train.batch // world) * world
+            raise UserError(
+                f"--train.batch {config.train.batch} does not divide among {world} processes; closest: {near}"
+            )
+        if len(self.rows) < world:
+            raise UserError(f"{len(self.rows)} rows to train on are fewer than the {world} processes")
         if len(self.rows) == 0:
             raise UserError("no rows to train on: the split calls none of them train")
         self._classes = {"label": dataset.target.astype(np.int64)}
@@ -75,7 +82,7 @@ class Loader:
 
     def order(self, epoch: int) -> Int64[np.ndarray, "steps batch"]:
         """Positions in the data set, a row a step, of that epoch."""
-        batch = min(self.config.train.batch, len(self.rows))
+        batch = min(self.config.train.batch, len(self.rows) // self.world * self.world)
         order = self.rows[philox.epoch_order(self.config.train.seed, epoch, self.dataset.row_id[self.rows])]
         return order[: self.steps * batch].reshape(self.steps, batch)
 

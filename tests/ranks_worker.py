@@ -1,0 +1,69 @@
+"""One of two processes: the loss and the gradient of each objective over a batch of which it holds a half."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import nn
+
+import tiny
+from kladi.data.views.batch import View
+from kladi.data.views.loader import Loader
+from kladi.learn import objectives, ranks
+from kladi.models.heads import Projector
+
+CASES = {
+    "simclr": {},
+    "supcon": {"views": 0.3},
+    "cross_entropy": {},
+    "metadata": {"instance": 0.4},
+    "label_tree": {"views": 0.2},
+    "label_tree poincare": {"geometry": "poincare"},
+}
+
+
+class Flat(nn.Module):
+    """An encoder without batch statistics, which processes do not share on a CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16 * 16, 12)
+
+    def forward(self, image):
+        return torch.tanh(self.layer(image.flatten(1)))
+
+
+def measured(name, rank, world):
+    """{quantity: tensor} of one step; a batch of which some rows have no label."""
+    dataset = tiny.data(labelled=0.7)
+    torch.manual_seed(0)
+    encoder, projector = Flat(), Projector(12, 8, 6)
+    known = objectives.Facts.of(dataset)
+    objective = objectives.build(name.split()[0], CASES[name], known, encoder, projector)
+    projector.eval()  # its batch normalisation with settled statistics
+    loader = Loader(dataset, tiny.settings(), 2, torch.device("cpu"), rank=rank, world=world)
+    batch = next(loader.epoch(0))
+    exact = tuple(View(view.image.double()) for view in batch.views)
+    terms = objective.double()(dataclasses.replace(batch, views=exact))
+    objective.total(terms).backward()
+    ranks.mean_gradients(objective.parameters())
+    found = {f"loss {key}": term.detach() for key, term in terms.items()}
+    found |= {f"idle {key}": torch.tensor(share) for key, share in objective.idle.items()}
+    found |= {f"gradient {key}": p.grad for key, p in objective.named_parameters() if p.grad is not None}
+    return found | {f"buffer {key}": b.float() for key, b in objective.named_buffers() if "num_batches" not in key}
+
+
+if __name__ == "__main__":
+    folder, rank, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+    for number, name in enumerate(CASES):
+        found = {key: value.contiguous().clone() for key, value in measured(name, rank, world).items()}
+        save_file(found, folder / f"{number}-{rank}.safetensors")
+    flags = ranks.agreed(rank == 1, False, device=torch.device("cpu"))
+    assert flags == (True, False)
+    assert ranks.rows_of_all(torch.tensor([rank == 0, True])).tolist() == [True, True, False, True]
+    dist.destroy_process_group()
