@@ -77,7 +77,7 @@ def test_the_start_is_the_probe_of_settled_features(setting):
     first = next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
     seen = []
     hook = first.register_forward_hook(lambda module, given, out: seen.append(given[0]))
-    log_p = finetune._log_probabilities(model, data, train, config.intensity)
+    log_p = finetune.log_probabilities(model, data, train, config.intensity)
     hook.remove()
     mean = torch.cat(seen).mean(dim=(0, 2, 3))
     torch.testing.assert_close(first.running_mean, mean, rtol=1e-4, atol=1e-5)

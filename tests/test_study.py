@@ -123,6 +123,8 @@ def changed(folder, *pairs, name="other.toml"):
         ('name = "toy"', "name = 3", r'name = "3" is not text'),
         ("[methods.scratch]", '[methods."../../scratch"]', r"the name '../../scratch' becomes a file's"),
         ("[tasks.shape]", '[tasks."a/b"]', r"the name 'a/b' becomes a file's"),
+        ('name = "toy"', 'name = "toy"\ncompat = "relased"', r'compat = "relased" is not one of .*closest: "released"'),
+        ('name = "toy"', 'name = "toy"\ncompat = "paper"', r'needs the regime "probe", without compat'),
     ],
 )
 def test_a_mistake_is_named_with_the_closest_word(ward, old, new, said):
@@ -530,3 +532,16 @@ def test_shuffled_labels_give_chance_where_the_true_ones_are_plain_to_see():
     ]
     assert np.mean(true) > 0.9
     assert abs(np.mean(dealt) - 1 / classes) < 3 * np.std(dealt, ddof=1) / np.sqrt(len(dealt)) + 0.01
+
+
+def test_a_study_by_the_published_recipes(ward):
+    controls = 'controls = ["random_encoder", "histogram", "shuffled_labels"]\n'
+    changes = (controls, 'compat = "released"\n'), ('["probe"]', '["probe", "finetune"]'), ("folds = 3", "folds = 3\n")
+    compare(changed(ward, *changes, name="compat.toml"), ward / "compat")
+    content = results.read(ward / "compat")
+    assert content["study"]["compat"] == "released"
+    assert {(i["method"], i["regime"]) for i in content["figures"]["intervals"] if i["metric"] == "auc"} == {
+        (method, regime) for method in ("simclr", "scratch") for regime in ("probe", "finetune")
+    }
+    assert any("published recipes" in warning for warning in content["data"]["warnings"])
+    assert len(content["comparisons"]) > 0

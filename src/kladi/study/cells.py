@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from kladi.evaluate.answers import Task
 from kladi.evaluate.embed import Embeddings
 from kladi.evaluate.measure import Keeper, Measured, Method, measure
 from kladi.evaluate.readouts.finetune import fine_tune
+from kladi.evaluate.readouts.published import COMPAT, Published, Regime, published
 from kladi.evaluate.readouts.regimes import Part
 from kladi.learn import run_folder
 from kladi.losses import geometry as spaces
@@ -127,6 +128,8 @@ def context(path: Path, folder: Path) -> Context:
     warnings = [f.message for f in inspection.findings if f.severity == "warning"]
     warnings += [warning for one in asked.values() for warning in one.warnings]
     warnings += _labels_beyond_the_fraction(study, found)
+    if study.compat:
+        warnings.append(f'compat = "{study.compat}": fine-tuning and probe are published recipes, not those of kladi')
     device = every.device_of(study.config)
     return Context(study, folder, dataset, data_digest(dataset), found, asked, tuple(warnings), device)
 
@@ -163,12 +166,14 @@ def cells(context: Context) -> list[Cell]:
             for seed in context.seeds(arm):
                 if study.frozen:
                     found += [Cell(arm.name, seed, name, "frozen", fraction) for fraction in study.label_fractions]
-                if "finetune" in study.regimes and arm.kind not in {"histogram", "shuffled_labels"}:
-                    found += [
-                        Cell(arm.name, seed, name, "finetune", 1.0, part.fold, part.repeat)
-                        for part in asked.parts
-                        if not arm.drawn or part.repeat % study.seeds == seed
-                    ]
+                if arm.kind in {"histogram", "shuffled_labels"}:
+                    continue
+                found += [
+                    Cell(arm.name, seed, name, regime, 1.0, part.fold, part.repeat)
+                    for regime in study.trained
+                    for part in asked.parts
+                    if not arm.drawn or part.repeat % study.seeds == seed
+                ]
     return found
 
 
@@ -182,7 +187,7 @@ def digest(cell: Cell, context: Context) -> str:
         asked.digest,
         study.seed,
         study.seeds,
-        study.frozen if cell.regime == "frozen" else [asdict(study.finetune), asdict(study.config.augment)],
+        study.frozen if cell.regime == "frozen" else _recipe(study, arm),
     ]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
@@ -199,7 +204,7 @@ def prepared(arm: Arm, seed: int, context: Context) -> Embeddings:
 
 def run(cell: Cell, context: Context) -> None:
     """Measure a cell and keep it."""
-    measured = _fine_tuned(cell, context) if cell.regime == "finetune" else _frozen(cell, context)
+    measured = _frozen(cell, context) if cell.regime == "frozen" else _trained(cell, context)
     record.write(context.folder / "cells" / cell.file, measured, digest(cell, context))
 
 
@@ -233,26 +238,37 @@ def _retargeted(asked: Asked, part: Part, seed: int) -> Task:
     return Task(task.name, task.taxonomy, shuffled_labels(asked, part, seed), task.group)
 
 
-def _fine_tuned(cell: Cell, context: Context) -> Measured:
-    arm, asked = context.arm(cell.arm), context.asked[cell.question]
+def _recipe(study: Study, arm: Arm) -> list[object]:
+    """What decides how all layers, or a published probe, are trained."""
+    if study.compat:
+        return [study.compat, asdict(_published(study, arm))]
+    return [asdict(study.finetune), asdict(study.config.augment)]
+
+
+def _published(study: Study, arm: Arm) -> Published:
+    """In the released scripts SimCLR alone has a head."""
+    recipe = COMPAT[study.compat]
+    return replace(recipe, headless=recipe.headless and arm.config.objective.name != "simclr")
+
+
+def _trained(cell: Cell, context: Context) -> Measured:
+    arm, asked, study = context.arm(cell.arm), context.asked[cell.question], context.study
     part = next(p for p in asked.parts if (p.fold, p.repeat) == (cell.fold, cell.repeat))
     encoder = every.encoder_of(arm, cell.seed, context.dataset, context.run_of(arm, cell.seed))
     wall, cpu = time.perf_counter(), time.process_time()
-    answers = fine_tune(
-        encoder,
-        context.dataset,
-        asked.task,
-        part,
-        context.study.config,
-        context.study.finetune,
-        method=arm.name,
-        seed=context.study.seed + cell.repeat,
-        device=context.device,
-    )
+    seed = study.seed + cell.repeat
+    data, task, device, name = context.dataset, asked.task, context.device, arm.name
+    if study.compat:
+        regime: Regime = "probe" if cell.regime == "probe" else "finetune"
+        how, recipe = study.config.intensity, _published(study, arm)
+        answers = published(encoder, data, task, part, how, regime, recipe, method=name, seed=seed, device=device)
+    else:
+        config, recipe = study.config, study.finetune
+        answers = fine_tune(encoder, data, task, part, config, recipe, method=name, seed=seed, device=device)
     out = Measured()
     keep = Keeper(out, arm.name, asked.task, cell.seed)
     if answers is None:
-        keep.unable("finetune", (part,))
+        keep.unable(cell.regime, (part,))
     else:
         keep.answers([(part, answers)], (time.perf_counter() - wall, time.process_time() - cpu))
     return out

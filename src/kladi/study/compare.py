@@ -262,6 +262,7 @@ def _study(context: Context) -> dict[str, Any]:
         "regimes": list(study.regimes),
         "tasks": list(context.asked),
         "seeds": study.seeds,
+        "compat": study.compat or None,
     }
 
 

@@ -59,6 +59,7 @@ Control = Literal[
     "random_encoder",
     "histogram",
 ]
+Compat = Literal["", "paper", "released"]
 NOT_PRETRAINED = "none"
 PATHS = ("data.taxonomy", "data.synonyms", "data.metadata_trees", "data.key", "data.store", "init.weights")
 """Settings that name a file; in a study they are relative to its file."""
@@ -124,6 +125,8 @@ class Terms:
     """Shares of the labelled training patients; 1 is always among them."""
     controls: tuple[Control, ...] = ()
     margin: float = 0.01
+    compat: Compat = ""
+    """Fine-tuning and probe as the metadata paper has them ("paper"), or its scripts ("released"), instead of ours."""
     seed: int = 0
     bootstrap: int = 2000
 
@@ -141,7 +144,12 @@ class Study(Terms):
     @property
     def frozen(self) -> tuple[str, ...]:
         """The regimes that read embeddings."""
-        return tuple(regime for regime in self.regimes if regime in FROZEN)
+        return tuple(r for r in self.regimes if r in FROZEN and r not in self.trained)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The regimes that train by themselves, fold by fold; the published probe is one of them."""
+        return tuple(r for r in self.regimes if r == "finetune" or (self.compat and r == "probe"))
 
     @property
     def digest(self) -> str:
@@ -219,10 +227,13 @@ def _require_sense(study: Study) -> None:
         raise UserError("finetune.scales is empty; [1.0] trains at the learning rates as they are")
     if study.seeds > study.repeats:
         raise UserError(f"seeds = {study.seeds} needs as many repeats; there are {study.repeats}")
-    if study.regimes == ("finetune",):
+    if not study.frozen:
         frozen_only = [c for c in study.controls if c in {"histogram", "shuffled_labels"}]
+        without = ", without compat" if study.compat else ""
         if frozen_only:
-            raise UserError(f'control "{frozen_only[0]}" needs the regime "probe"')
+            raise UserError(f'control "{frozen_only[0]}" needs the regime "probe"{without}')
+        if len(study.label_fractions) > 1:
+            raise UserError(f'label_fractions needs the regime "probe"{without}')
 
 
 def _method(name: str, table: Mapping[str, Any], folder: Path, config: settings.Config) -> Method:

@@ -125,7 +125,7 @@ def fine_tune(
     model = start
     model.load_state_dict(best.state or model.state_dict())
     test = part.rows(TEST)
-    scores = _log_probabilities(model, dataset, test, config.intensity).numpy().astype(np.float64)
+    scores = log_probabilities(model, dataset, test, config.intensity).numpy().astype(np.float64)
     pred = classes[scores.argmax(axis=1)]
     return Answers(method, "finetune", part.fold, part.repeat, test, pred, scores, classes)
 
@@ -139,8 +139,8 @@ def _start(
     features = np.zeros((len(dataset), own.width), dtype=np.float32)
     rows = np.concatenate([part.rows(TRAIN), part.rows(VAL)])
     with torch.no_grad():
-        for index in _blocks(rows):
-            features[index] = own(_plain(dataset, index, intensity, device)).float().cpu().numpy()
+        for index in blocks(rows):
+            features[index] = own(plain(dataset, index, intensity, device)).float().cpu().numpy()
     probes, problem = _probe(features, task, part)
     return Classifier(own, _head(probes, problem)).to(device), probes.classes
 
@@ -160,22 +160,22 @@ def _settle_statistics(
         layer.momentum = None  # a plain mean over the batches
         layer.train()
     device = next(encoder.parameters()).device
-    for index in _blocks(rows):
+    for index in blocks(rows):
         if len(index) > 1:
-            encoder(_plain(dataset, index, intensity, str(device)))
+            encoder(plain(dataset, index, intensity, str(device)))
     for layer, momentum in zip(layers, before, strict=True):
         layer.momentum = momentum
     encoder.eval()
 
 
-def _plain(
+def plain(
     dataset: Dataset, index: Int[np.ndarray, " b"], intensity: settings.Intensity, device: str
 ) -> Float32[Tensor, "b C S S"]:
     pixels = torch.from_numpy(dataset.store.gather(index)).to(device)
     return augment.plain(pixels, dataset.store.extent[index], intensity)
 
 
-def _blocks(rows: Int[np.ndarray, " m"]) -> Iterator[Int[np.ndarray, " b"]]:
+def blocks(rows: Int[np.ndarray, " m"]) -> Iterator[Int[np.ndarray, " b"]]:
     return (rows[start : start + BATCH] for start in range(0, len(rows), BATCH))
 
 
@@ -250,7 +250,7 @@ def _keep(
     best: _Best,
 ) -> None:
     """Higher balanced accuracy wins; of equals, which few validation rows give often, the smaller loss."""
-    log_p = _log_probabilities(model, dataset, val, intensity)
+    log_p = log_probabilities(model, dataset, val, intensity)
     model.train()
     true = task.target[val]
     score = said(lambda: metrics.balanced_accuracy(classes[log_p.argmax(dim=1).numpy()], true))[0]
@@ -263,15 +263,15 @@ def _keep(
 
 
 @torch.no_grad()
-def _log_probabilities(
+def log_probabilities(
     model: Classifier, dataset: Dataset, rows: Int[np.ndarray, " m"], intensity: settings.Intensity
 ) -> Float32[Tensor, "m C"]:
     """log softmax of whole, unaugmented images, in evaluation mode, on the CPU."""
     device = next(model.parameters()).device
     model.eval()
     parts = [torch.zeros(0, model.head.out_features)]
-    for index in _blocks(rows):
-        logits = model(_plain(dataset, index, intensity, str(device)))
+    for index in blocks(rows):
+        logits = model(plain(dataset, index, intensity, str(device)))
         parts.append(functional.log_softmax(logits.float(), dim=1).cpu())
     return torch.cat(parts)
 
