@@ -46,6 +46,7 @@ bench: $(VENV)/.bench      ## side by side with peers
 	$(BIN)/python bench/kernel.py
 	$(BIN)/python bench/augment.py
 	$(BIN)/python bench/probe.py
+	$(BIN)/python bench/finetune.py
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict

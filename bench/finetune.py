@@ -26,12 +26,12 @@ CASES = (
 """Name, arguments of timm, batch, pixels."""
 
 
-def seconds(work, device):
+def seconds(work, device, *arguments):
     clock = time.process_time if device == "cpu" else time.perf_counter
     if device != "cpu":
         torch.cuda.synchronize()
     start = clock()
-    result = work()
+    result = work(*arguments)
     if device != "cpu":
         torch.cuda.synchronize()
     return clock() - start, result
@@ -75,7 +75,8 @@ def main():
     options = parser.parse_args()
     folds, steps, device = options.folds, options.steps, options.device
     print(f"{folds} folds, {steps} steps, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print("| model | pixels | one by one, s | at once, s | speed-up | greatest difference of the last loss |\n|---|---|---|---|---|---|")
+    print("| model | pixels | one by one, s | at once, s | speed-up | greatest difference of the last loss |")
+    print("|---" * 6 + "|")
     for name, args, batch, pixels in CASES:
         torch.manual_seed(0)
         models = [timm.create_model(name, num_classes=4, **args).to(device).train() for _ in range(folds)]
@@ -83,9 +84,10 @@ def main():
         labels = torch.randint(4, (steps, folds, batch), device=device)
         for work in (one_by_one, at_once):  # warm up
             work(copy.deepcopy(models), images, labels, 1)
-        single, a = seconds(lambda: one_by_one(copy.deepcopy(models), images, labels, steps), device)
-        together, b = seconds(lambda: at_once(copy.deepcopy(models), images, labels, steps), device)
-        print(f"| {name} {args or ''} | {pixels} | {single:.2f} | {together:.2f} | {single / together:.2f} | {(a - b).abs().max():.1e} |", flush=True)
+        single, a = seconds(one_by_one, device, copy.deepcopy(models), images, labels, steps)
+        together, b = seconds(at_once, device, copy.deepcopy(models), images, labels, steps)
+        figures = f"{single:.2f} | {together:.2f} | {single / together:.2f} | {(a - b).abs().max():.1e}"
+        print(f"| {name} {args or ''} | {pixels} | {figures} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -142,26 +142,26 @@ class MultiLabelContrastiveLoss(nn.Module):
 
     def _table(self, z: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Similarity (float64) and comparability of the classes in the batch, and the class of each image."""
-        if self.similarity is None and self.lookup is None:
-            if target.dtype != torch.bool or target.ndim != 2:
-                raise ValueError("without a similarity table the target is bool[B, K], one row of labels an image")
-            if len(target) != z.shape[1]:
-                raise ValueError(f"target has {len(target)} rows, but z has {z.shape[1]} images")
-            sets, classes = torch.unique(target, dim=0, return_inverse=True)
-            return jaccard(sets), None, classes
-        _check_ids(target, z)
-        ids, classes = torch.unique(target, return_inverse=True)
-        return *self._part(ids), classes
+        similarity, lookup = self.similarity, self.lookup
+        if similarity is not None:
+            ids, classes = _distinct(target, z)
+            return *self._part(similarity, ids), classes
+        if lookup is not None:
+            ids, classes = _distinct(target, z)
+            return *lookup(ids), classes
+        if target.dtype != torch.bool or target.ndim != 2:
+            raise ValueError("without a similarity table the target is bool[B, K], one row of labels an image")
+        if len(target) != z.shape[1]:
+            raise ValueError(f"target has {len(target)} rows, but z has {z.shape[1]} images")
+        sets, classes = torch.unique(target, dim=0, return_inverse=True)
+        return jaccard(sets), None, classes
 
-    def _part(self, ids: Int[Tensor, " u"]) -> tuple[Tensor, Tensor | None]:
+    def _part(self, similarity: Tensor, ids: Int[Tensor, " u"]) -> tuple[Tensor, Tensor | None]:
         """Similarity and comparability of some classes."""
-        if self.similarity is None:
-            assert self.lookup is not None  # or the target would have been label sets
-            return self.lookup(ids)
-        for wrong in ids[(ids < 0) | (ids >= len(self.similarity))].tolist():
-            raise IndexError(f"target {wrong} is no row of a similarity table of {len(self.similarity)} classes")
+        for wrong in ids[(ids < 0) | (ids >= len(similarity))].tolist():
+            raise IndexError(f"target {wrong} is no row of a similarity table of {len(similarity)} classes")
         comparable = None if self.comparable is None else self.comparable[ids][:, ids]
-        return self.similarity[ids][:, ids], comparable
+        return similarity[ids][:, ids], comparable
 
     @override
     def extra_repr(self) -> str:
@@ -180,6 +180,13 @@ def jaccard(sets: Bool[Tensor, "U K"]) -> Float[Tensor, "U U"]:
     size = member.sum(1)
     union = size[:, None] + size - shared
     return torch.where(union > 0, shared / union.clamp_min(1), 0)
+
+
+def _distinct(target: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct class ids of a batch, and which of them each image has."""
+    _check_ids(target, z)
+    ids, classes = torch.unique(target, return_inverse=True)
+    return ids, classes
 
 
 def _check_ids(target: Tensor, z: Tensor) -> None:
