@@ -20,6 +20,7 @@ CASES = {
     "supcon": {"views": 0.3},
     "cross_entropy": {},
     "metadata": {"instance": 0.4},
+    "himulcon": {},
     "label_tree": {"views": 0.2},
     "label_tree poincare": {"geometry": "poincare"},
 }
@@ -44,7 +45,8 @@ def measured(name, rank, world):
     known = objectives.Facts.of(dataset)
     objective = objectives.build(name.split()[0], CASES[name], known, encoder, projector)
     projector.eval()  # its batch normalisation with settled statistics
-    loader = Loader(dataset, tiny.settings(), 2, torch.device("cpu"), rank=rank, world=world)
+    config = tiny.settings(train__batch=9)  # 5 rows for one process, 4 for the other
+    loader = Loader(dataset, config, 2, torch.device("cpu"), rank=rank, world=world)
     batch = next(loader.epoch(0))
     exact = tuple(View(view.image.double()) for view in batch.views)
     terms = objective.double()(dataclasses.replace(batch, views=exact))
@@ -66,4 +68,5 @@ if __name__ == "__main__":
     flags = ranks.agreed(rank == 1, False, device=torch.device("cpu"))
     assert flags == (True, False)
     assert ranks.rows_of_all(torch.tensor([rank == 0, True])).tolist() == [True, True, False, True]
+    assert ranks.rows_of_all(torch.full((1 + rank, 2), rank)).tolist() == [[0, 0], [1, 1], [1, 1]]
     dist.destroy_process_group()

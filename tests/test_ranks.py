@@ -119,7 +119,7 @@ def test_alone_nothing_is_gathered():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"train__devices": 3}, "--train.batch 8 does not divide among 3 processes; closest: 6"),
+        ({"train__devices": 9}, "--train.batch 8 leaves some of 9 processes without an image"),
         ({"train__devices": 2, "train__device": "cpu:0"}, "is one device, not 2"),
     ],
 )

@@ -118,7 +118,7 @@ class Encoder:
     """Hidden width and output width of the head that is dropped after pretraining."""
 
 
-WITH_LABELS = frozenset({"cross_entropy", "label_tree", "supcon"})
+WITH_LABELS = frozenset({"cross_entropy", "himulcon", "label_tree", "supcon"})
 WITHOUT_LABELS = frozenset({"metadata", "simclr"})
 """Objectives that read labels, and that read none; "auto" and a user's own are in neither."""
 
@@ -141,6 +141,8 @@ class Train:
     """Times that each training image is seen, in two views."""
     batch: int = 256
     """Images a step (each seen in two views)."""
+    per_label: int = 0
+    """Images of a label that come together in a batch, beside those of a sibling label; 0: plain shuffling."""
     optimizer: typing.Literal["adamw", "sgd"] = "adamw"
     """adamw or sgd."""
     lr: float = 1e-3
@@ -227,6 +229,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "intensity.low": (0, 100),
     "intensity.high": (0, 100),
     "encoder.projector": (1, 2**20),
+    "train.per_label": (0, 2**20),
     "train.devices": (1, 4096),
     "train.nodes": (1, 4096),
     "evaluate.folds": (3, 100),

@@ -25,6 +25,7 @@ from kladi.learn import plugin, ranks
 from kladi.learn.classifier import LinearClassifier
 from kladi.losses import (
     HierarchyWeightedContrastiveLoss,
+    HiMulConLoss,
     LevelAwareMarginLoss,
     MultiLabelContrastiveLoss,
     NTXentLoss,
@@ -226,6 +227,7 @@ def label_tree(
     pull: float = 0.1,
     momentum: float = 0.95,
     level_weights: list[float] | None = None,
+    hwc: float = 1.0,
     lam: float = 0.5,
     views: float = 0.0,
 ) -> Supervised:
@@ -236,21 +238,40 @@ def label_tree(
         alpha, beta, mode, positives: of `HierarchyWeightedContrastiveLoss`.
         margin, decay, pull, momentum, level_weights: of `LevelAwareMarginLoss`.
         geometry, curvature, clip: of both.
-        lam: weight of LAM; 0 leaves it out.
+        hwc, lam: weights of the two; 0 leaves one out.
         views: weight of an NT-Xent term over all rows, which unlabelled rows feed; 0 leaves it out.
     """
     tax = _require_labels(facts, "label_tree")
     tau = temperature if temperature is not None else (0.2 if geometry == "poincare" else 0.1)
     space: dict[str, Any] = {"geometry": geometry, "curvature": curvature, "clip": clip}
-    hwc = HierarchyWeightedContrastiveLoss(
-        tax, temperature=tau, alpha=alpha, beta=beta, mode=mode, positives=positives, **space
-    )
-    terms = {"hwc": Term(hwc, LABEL)}
+    terms = {}
+    if hwc:
+        loss = HierarchyWeightedContrastiveLoss(
+            tax, temperature=tau, alpha=alpha, beta=beta, mode=mode, positives=positives, **space
+        )
+        terms["hwc"] = Term(loss, LABEL, hwc)
     if lam:
         shape: dict[str, Any] = {"margin": margin, "decay": decay, "pull": pull, "momentum": momentum}
         loss = LevelAwareMarginLoss(tax, _dim(projector), level_weights=level_weights, **shape, **space)
         terms["lam"] = Term(loss, LABEL, lam)
+    if not terms:
+        raise ValueError("hwc and lam are both 0; give one of them a weight")
     return Supervised(encoder, projector, {**terms, **_view_term(views)})
+
+
+def himulcon(
+    facts: Facts,
+    encoder: nn.Module,
+    projector: nn.Module,
+    *,
+    temperature: float = 0.1,
+    constraint: bool = True,
+    deduplicate: bool = True,
+) -> Supervised:
+    """SupCon at every level of the tree, each no easier than the finer one (HiMulCon, a peer)."""
+    tax = _require_labels(facts, "himulcon")
+    loss = HiMulConLoss(tax, temperature=temperature, constraint=constraint, deduplicate=deduplicate)
+    return Supervised(encoder, projector, {"himulcon": Term(loss, LABEL)})
 
 
 def auto(facts: Facts, encoder: nn.Module, projector: nn.Module) -> Supervised:
@@ -277,6 +298,7 @@ Preset = Callable[..., Supervised]
 PRESETS: dict[str, Preset] = {
     "auto": auto,
     "cross_entropy": cross_entropy,
+    "himulcon": himulcon,
     "label_tree": label_tree,
     "metadata": metadata,
     "simclr": simclr,

@@ -41,7 +41,7 @@ def world() -> int:
 
 
 def rows_of_all(x: Shaped[Tensor, "b *rest"]) -> Shaped[Tensor, "B *rest"]:
-    """The rows of all processes in order of rank, each of which has equally many; gradients come back to their own.
+    """The rows of all processes in order of rank, however many each has; gradients come back to their own.
 
     The loss behind it is the same in all processes. What comes back to a process is `world` times the gradient of its
     own rows: after `mean_gradients` parameters have the gradient of the whole batch, whether they sit before this (each
@@ -51,7 +51,7 @@ def rows_of_all(x: Shaped[Tensor, "b *rest"]) -> Shaped[Tensor, "B *rest"]:
         return x
     if x.dtype == torch.bool:
         return rows_of_all(x.to(torch.uint8)).bool()
-    return _Gather.apply(x) if x.requires_grad else _gathered(x)
+    return _Gather.apply(x) if x.requires_grad else _gathered(x)[0]
 
 
 def mean_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -75,21 +75,29 @@ def agreed(*flags: bool, device: torch.device) -> tuple[bool, ...]:
     return tuple(bool(flag) for flag in raised.tolist())
 
 
-def _gathered(x: Tensor) -> Tensor:
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+def _gathered(x: Tensor) -> tuple[Tensor, int]:
+    """The rows of all processes, and which of them is this one's first."""
+    sizes = [torch.empty(1, dtype=torch.int64, device=x.device) for _ in range(world())]
+    dist.all_gather(sizes, torch.tensor([len(x)], device=x.device))
+    counts = [int(size) for size in sizes]
+    # Parts of one exchange must be of one size: shorter ones are filled up, and cut again.
+    mine = x.new_zeros(max(counts), *x.shape[1:])
+    mine[: len(x)] = x
+    parts = [torch.empty_like(mine) for _ in counts]
+    dist.all_gather(parts, mine)
+    whole = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    return whole, sum(counts[: dist.get_rank()])
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     @override
     def forward(ctx: Any, x: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
-        ctx.rows = len(x)
-        return _gathered(x)
+        whole, ctx.start = _gathered(x)
+        ctx.stop = ctx.start + len(x)
+        return whole
 
     @staticmethod
     @override
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        start = dist.get_rank() * ctx.rows
-        return gradients[0][start : start + ctx.rows] * world()
+        return gradients[0][ctx.start : ctx.stop] * world()

@@ -17,6 +17,7 @@ from kladi import config as settings
 from kladi.data.dataset import TRAIN, Dataset
 from kladi.data.views import augment, philox
 from kladi.data.views.batch import Batch, View
+from kladi.data.views.sampling import with_mates
 from kladi.errors import RunStopped, UserError
 
 AHEAD = 1
@@ -28,7 +29,8 @@ NAMED_ROWS = 20
 class Loader:
     """The training batches of any epoch, from any step on.
 
-    An epoch visits the training rows in the order of `philox.epoch_order`; each `config.train.batch` of them is a step.
+    An epoch visits the training rows in the order of `philox.epoch_order` (`sampling.with_mates` where
+    `train.per_label` asks for it and there is a tree); each `config.train.batch` of them is a step.
     The rows left at the end wait for another epoch, unless they are all there are. Views are drawn from (seed, epoch,
     row id, view), so neither `train.workers`, nor where an epoch is entered, nor the rest of a batch changes them.
 
@@ -62,15 +64,10 @@ class Loader:
         self.dataset, self.config, self.views, self.device = dataset, config, views, device
         self.rows = np.flatnonzero(dataset.split == TRAIN) if rows is None else rows.astype(np.int64)
         self.rank, self.world = rank, world
-        if config.train.batch % world:
-            near = max(1, config.train.batch // world) * world
-            raise UserError(
-                f"--train.batch {config.train.batch} does not divide among {world} processes; closest: {near}"
-            )
-        if len(self.rows) < world:
-            raise UserError(f"{len(self.rows)} rows to train on are fewer than the {world} processes")
         if len(self.rows) == 0:
             raise UserError("no rows to train on: the split calls none of them train")
+        if min(config.train.batch, len(self.rows)) < world:
+            raise UserError(f"--train.batch {config.train.batch} leaves some of {world} processes without an image")
         self._classes = {"label": dataset.target.astype(np.int64)}
         if dataset.label_sets is not None:
             self._classes["metadata"] = dataset.label_sets.class_id.copy()
@@ -82,8 +79,13 @@ class Loader:
 
     def order(self, epoch: int) -> Int64[np.ndarray, "steps batch"]:
         """Positions in the data set, a row a step, of that epoch."""
-        batch = min(self.config.train.batch, len(self.rows) // self.world * self.world)
-        order = self.rows[philox.epoch_order(self.config.train.seed, epoch, self.dataset.row_id[self.rows])]
+        batch = min(self.config.train.batch, len(self.rows))
+        seed, ids, tree = self.config.train.seed, self.dataset.row_id[self.rows], self.dataset.taxonomy
+        if self.config.train.per_label and tree is not None:
+            parent = np.array([above[0] if above else -1 for above in tree.parents], dtype=np.int64)
+            target = self.dataset.target[self.rows]
+            return self.rows[with_mates(seed, epoch, ids, target, parent, self.config.train.per_label, batch)]
+        order = self.rows[philox.epoch_order(seed, epoch, ids)]
         return order[: self.steps * batch].reshape(self.steps, batch)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
