@@ -44,7 +44,6 @@ def measured(name, rank, world):
     encoder, projector = Flat(), Projector(12, 8, 6)
     known = objectives.Facts.of(dataset)
     objective = objectives.build(name.split()[0], CASES[name], known, encoder, projector)
-    projector.eval()  # its batch normalisation with settled statistics
     config = tiny.settings(train__batch=9)  # 5 rows for one process, 4 for the other
     loader = Loader(dataset, config, 2, torch.device("cpu"), rank=rank, world=world)
     batch = next(loader.epoch(0))

@@ -46,13 +46,13 @@ def test_loss_and_gradient_are_those_of_one_process(two, name):
 
 @pytest.fixture
 def command(tmp_path):
-    """`kladi pretrain` on generated images; give it --out and more."""
+    """`kladi pretrain` on generated images, of a network without batch statistics; give it --out and more."""
     from kladi import toy
 
-    toy.write(tmp_path / "toy", n=48, size=16)
+    toy.write(tmp_path / "toy", n=48, size=32)
     words = {
-        "intensity.size": 16,
-        "encoder.name": tiny.NAME,
+        "intensity.size": 32,
+        "encoder.name": "test_convnext",
         "objective.name": "simclr",
         "train.batch": 8,
         "train.epochs": 3,
@@ -76,12 +76,15 @@ def test_a_run_of_two_processes_goes_on_after_a_kill_to_the_same_bits(command, t
     def called(*more, **options):
         return subprocess.run([*command, *more], env=LOCAL, capture_output=True, text=True, timeout=240, **options)
 
+    done = called("--out", str(tmp_path / "one"))
+    assert done.returncode == 0, done.stderr
     done = called("--out", str(tmp_path / "two"), "--train.devices", "2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote") == 1  # the process that follows says nothing
     two = lines(tmp_path / "two")
     assert [line["step"] for line in two] == list(range(1, len(two) + 1))
     assert {line["images"] for line in two} == {8}  # of both processes
+    assert [line["loss"] for line in two] == pytest.approx([x["loss"] for x in lines(tmp_path / "one")], rel=1e-3)
     assert json.loads((tmp_path / "two" / "environment.json").read_text())["processes"] == 2
 
     killed = subprocess.Popen([*command, "--out", str(tmp_path / "cut"), "--train.devices", "2"], env=LOCAL)

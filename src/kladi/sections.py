@@ -141,6 +141,8 @@ class Train:
     """Times that each training image is seen, in two views."""
     batch: int = 256
     """Images a step (each seen in two views)."""
+    chunk: int = 0
+    """Images that the encoder sees at a time; the loss still sees the whole batch. 0: all at once."""
     per_label: int = 0
     """Images of a label that come together in a batch, beside those of a sibling label; 0: plain shuffling."""
     optimizer: typing.Literal["adamw", "sgd"] = "adamw"
@@ -229,6 +231,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "intensity.low": (0, 100),
     "intensity.high": (0, 100),
     "encoder.projector": (1, 2**20),
+    "train.chunk": (0, 2**20),
     "train.per_label": (0, 2**20),
     "train.devices": (1, 4096),
     "train.nodes": (1, 4096),

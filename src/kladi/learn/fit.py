@@ -25,7 +25,18 @@ from kladi import config as settings
 from kladi.data.dataset import Dataset
 from kladi.data.views.batch import Batch
 from kladi.errors import RunStopped, UserError
-from kladi.learn import checkpoint, diagnosis, lock, monitors, objectives, ranks, run_folder, signals, training
+from kladi.learn import (
+    checkpoint,
+    diagnosis,
+    gradient_cache,
+    lock,
+    monitors,
+    objectives,
+    ranks,
+    run_folder,
+    signals,
+    training,
+)
 from kladi.learn.console import Lines
 from kladi.learn.journal import Journal
 from kladi.learn.log import Log
@@ -95,6 +106,7 @@ def fit(
                 log.data(dataset, t.objective)
                 name = objectives.resolved(config.objective.name, objectives.Facts.of(dataset))
                 log.say("loss", f"{name} = {_formula(t.objective.weights)}")
+                log.say("batch", _batch(t))
                 if match is not None:
                     log.say("weights", str(match))
                 if found is None:
@@ -164,11 +176,8 @@ def _step(t: Training, batch: Batch, run: Path, waited: float) -> dict[str, Any]
     rate = learning_rate(t.step, t.steps, train.lr, train.warmup)
     for group in t.optimizer.param_groups:
         group["lr"] = rate
-    torch.manual_seed(seed_of(train.seed, "step", t.step) + t.fabric.global_rank)
-    with t.fabric.autocast():
-        terms = t.objective(batch)
+    terms = gradient_cache.backward(t.objective, batch, t.fabric, _noise(t), train.chunk)
     loss = t.objective.total(terms)
-    t.fabric.backward(loss)
     ranks.mean_gradients(t.objective.parameters())
     norm = t.fabric.clip_gradients(t.objective, t.optimizer, max_norm=train.clip or math.inf, error_if_nonfinite=False)
     if norm is None or not diagnosis.is_finite(terms, norm):
@@ -188,6 +197,11 @@ def _step(t: Training, batch: Batch, run: Path, waited: float) -> dict[str, Any]
         "seconds": waited + time.monotonic() - start,
         "waited": waited,
     }
+
+
+def _noise(t: Training) -> int:
+    """Seed of whatever is random inside the model in this step, another one in each process."""
+    return seed_of(t.config.train.seed, "step", t.step) + t.fabric.global_rank
 
 
 def _batches(t: Training) -> Generator[tuple[Batch, float]]:
@@ -236,7 +250,7 @@ def _due(t: Training, since: float) -> bool:
 
 def _not_finite(t: Training, batch: Batch, terms: Mapping[str, Tensor], norm: Tensor | None, run: Path) -> RunStopped:
     """Find out what went wrong in a step that must not be taken, keep that, and word it."""
-    torch.manual_seed(seed_of(t.config.train.seed, "step", t.step) + t.fabric.global_rank)
+    torch.manual_seed(_noise(t))
     with t.fabric.autocast():
         found = diagnosis.examine(
             t.objective, batch, t.dataset, terms, torch.tensor(math.nan) if norm is None else norm
@@ -316,6 +330,15 @@ def _worded(run: Path, config: settings.Config) -> Iterator[None]:
             raise
         kept = "" if "last good checkpoint" in text else f"; {checkpoint.last_good(run)}"
         raise RunStopped(f"{run}: {text}{kept}") from error
+
+
+def _batch(t: Training) -> str:
+    """`256 images in 2 views, 64 at a time, by 4 processes; 511 others for each anchor`."""
+    images, world, chunk = t.loader.batch, t.fabric.world_size, t.config.train.chunk
+    at_a_time = f", {chunk} at a time" if 0 < chunk < images // world else ""
+    processes = f", by {world} processes" if world > 1 else ""
+    others = training.VIEWS * images - 1
+    return f"{images:,} images in {training.VIEWS} views{at_a_time}{processes}; {others:,} others for each anchor"
 
 
 def _formula(parts: Mapping[str, float]) -> str:

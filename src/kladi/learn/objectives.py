@@ -73,7 +73,15 @@ class Supervised(nn.Module):
     @override
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Each term, unweighted."""
-        z = ranks.rows_of_all(project(self.encoder, self.projector, batch.views).transpose(0, 1)).transpose(0, 1)
+        return self.terms(self.embed(batch.views), batch)
+
+    def embed(self, views: tuple[View, ...]) -> Float[Tensor, "V B D"]:
+        """What the losses see of these views: rows of the encoder and the projector."""
+        return project(self.encoder, self.projector, views)
+
+    def terms(self, embedded: Float[Tensor, "V B D"], batch: Batch) -> dict[str, Tensor]:
+        """Each term, unweighted, of the embedded batch; where several processes train, of all their batches."""
+        z = ranks.rows_of_all(embedded.transpose(0, 1)).transpose(0, 1)
         terms: dict[str, Tensor] = {}
         self.idle = {}
         for name, loss in self.losses.items():

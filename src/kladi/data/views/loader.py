@@ -73,13 +73,18 @@ class Loader:
             self._classes["metadata"] = dataset.label_sets.class_id.copy()
 
     @property
+    def batch(self) -> int:
+        """Images a step, of all processes."""
+        return min(self.config.train.batch, len(self.rows))
+
+    @property
     def steps(self) -> int:
         """Steps of an epoch."""
         return max(1, len(self.rows) // self.config.train.batch)
 
     def order(self, epoch: int) -> Int64[np.ndarray, "steps batch"]:
         """Positions in the data set, a row a step, of that epoch."""
-        batch = min(self.config.train.batch, len(self.rows))
+        batch = self.batch
         seed, ids, tree = self.config.train.seed, self.dataset.row_id[self.rows], self.dataset.taxonomy
         if self.config.train.per_label and tree is not None:
             parent = np.array([above[0] if above else -1 for above in tree.parents], dtype=np.int64)
