@@ -424,7 +424,8 @@ def test_what_a_person_sees(data, tmp_path):
     assert shown[0].startswith(f"data       {count} images, {patients} patients; ")
     assert shown[1] == f"labels     {count} images; all of them"
     assert shown[2] == "loss       label_tree = hwc + 0.5 lam"
-    assert shown[3].split() == [
+    assert shown[3] == "batch      8 images in 2 views; 15 others for each anchor"
+    assert shown[4].split() == [
         "epoch",
         "step",
         "loss",
@@ -438,8 +439,8 @@ def test_what_a_person_sees(data, tmp_path):
         "images/s",
         "left",
     ]
-    assert [line.split()[:2] for line in shown[4:6]] == [["1", "3"], ["2", "6"]]
-    assert shown[6].startswith("done       step 6, ")
+    assert [line.split()[:2] for line in shown[5:7]] == [["1", "3"], ["2", "6"]]
+    assert shown[7].startswith("done       step 6, ")
     assert (run / "log.txt").read_text() == said.text
 
 
