@@ -59,13 +59,21 @@ def test_every_regime_and_metric_with_its_n_and_patients(found):
     levels = {f"level_accuracy_{level}" for level in (1, 2, 3)}
     for regime in ("probe", "knn", "prototype"):
         there = {metric for r, metric in rows if r == regime}
-        extra = {"parent_violation_rate", *(f"violation_rate_{level}" for level in (1, 2, 3))}
-        assert there == flat | tree | levels | (extra if regime == "prototype" else {"auc"})
+        calibration = {"calibration_error", *(f"calibration_error_{level}" for level in (1, 2, 3))}
+        extra = {
+            "probe": {"auc", *calibration},
+            "knn": {"auc"},
+            "prototype": {"parent_violation_rate", *(f"violation_rate_{level}" for level in (1, 2, 3))},
+        }
+        assert there == flat | tree | levels | extra[regime]
     assert {m for r, m in rows if r == "retrieval"} == {
         "recall_at_1",
         "recall_at_5",
         "recall_at_10",
         "mean_average_precision",
+        "tree_distance_at_1",
+        "tree_distance_at_5",
+        "tree_distance_at_10",
     }
     assert {m for r, m in rows if r == "representation"} >= {"effective_rank", "std_mean", "uniformity"}
     for (regime, metric), some in rows.items():
@@ -110,7 +118,7 @@ def test_weights_of_one_give_every_value(found):
         expected = rows[one.regime, one.metric, one.fold, one.repeat]
         assert value == pytest.approx(expected, nan_ok=True), (one.regime, one.metric)
         seen.add((one.regime, one.metric))
-    assert len(seen) == 3 * 7 + 2 + 4 + 1  # flat, tree; auc of probe and knn; retrieval; parent violation
+    assert len(seen) == 3 * 7 + 2 + 7 + 1  # flat, tree; auc of probe and knn; retrieval; parent violation
 
 
 def test_structure_is_found_where_it_is(found):
@@ -242,7 +250,13 @@ def test_on_a_flat_tree_only_flat_metrics():
     group = np.arange(60) // 2
     task = Task("modality", flat, (group % 3).astype(np.int64), group)
     rows = table(measure(Method("m", features), task, folds(task, row_id, repeats=1), ks=(1,), lambdas=QUICK))
-    assert {m for r, m in rows if r == "probe"} == {"accuracy", "balanced_accuracy", "macro_f1", "auc"}
+    assert {m for r, m in rows if r == "probe"} == {
+        "accuracy",
+        "balanced_accuracy",
+        "macro_f1",
+        "auc",
+        "calibration_error",
+    }
     assert {m for r, m in rows if r == "prototype"} == {"accuracy", "balanced_accuracy", "macro_f1"}
 
 

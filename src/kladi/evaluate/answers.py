@@ -19,7 +19,18 @@ from kladi.structure.taxonomy import Taxonomy
 T = TypeVar("T")
 
 PRIMARY = "balanced_accuracy"
-LOWER_IS_BETTER = frozenset({"mistake_severity", "parent_violation_rate"})
+LOWER_IS_BETTER = frozenset(
+    {
+        "calibration_error",
+        "mistake_severity",
+        "parent_violation_rate",
+        "tree_distance_at_1",
+        "tree_distance_at_5",
+        "tree_distance_at_10",
+    }
+)
+PROBABILISTIC = frozenset({"probe", "finetune"})
+"""Regimes whose scores are logarithms of probabilities."""
 MOST_AUC_CLASSES = 12
 """With more classes the AUC gets no interval: resampling ranks is the one thing here that costs minutes."""
 
@@ -120,6 +131,22 @@ def values(answers: Answers, task: Task) -> Iterator[Value]:
         for level, value in enumerate(found, start=1):
             why = reason if math.isnan(value) else ""
             yield Value(f"level_accuracy_{level}", float(value), answers.rows[tax.depth[true] >= level], why)
+    yield from _calibration(answers, task)
+
+
+def _calibration(answers: Answers, task: Task) -> Iterator[Value]:
+    """Whether probabilities mean what they say: of the likeliest class, and of the likeliest node of each depth."""
+    if answers.scores is None or answers.regime not in PROBABILISTIC:
+        return
+    true, tax, log_p = task.target[answers.rows], task.taxonomy, answers.scores
+    confidence = np.minimum(np.exp(log_p.max(axis=1, initial=-math.inf)), 1)
+    value, reason = said(lambda: metrics.expected_calibration_error(confidence, answers.pred == true))
+    yield Value("calibration_error", value, answers.rows, reason)
+    if task.has_levels:
+        found, reason = said(lambda: metrics.level_calibration_error(log_p, answers.classes, true, tax))
+        for level, value in enumerate(found, start=1):
+            why = reason if math.isnan(value) else ""
+            yield Value(f"calibration_error_{level}", float(value), answers.rows[tax.depth[true] >= level], why)
 
 
 def resampled(answers: Answers, task: Task) -> dict[str, Metric]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Results = Mapping[str, Any]
@@ -26,6 +26,8 @@ def all_figures(results: Results, atlas: Mapping[str, Any] | None) -> dict[str, 
         "monitors": _monitors(results.get("monitors") or []),
         "idle": _idle(extra.get("curves") or []),
         "levels": _levels(extra.get("levels") or {}),
+        "calibration": _levels(extra.get("calibration") or {}, "calibration error"),
+        "tree": _tree(extra.get("tree") or []),
         "violations": _levels(extra.get("violations") or {}, "share of samples nearer to a wrong node"),
         "severity": _severity(extra.get("severity") or {}),
         "confusion": _confusion(extra.get("confusion") or {}),
@@ -169,6 +171,30 @@ def _levels(levels: Mapping[str, list[Any]], y: str = "accuracy") -> Figure | No
         for i, (method, values) in enumerate(levels.items())
     ]
     return figure_of(traces, "", y, barmode="group")
+
+
+def _tree(nodes: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """The tree round its root, a ring a depth; the width of a node is its images, the colour the share found again."""
+    if not nodes:
+        return None
+    trace = {
+        "type": "sunburst",
+        "ids": [plain(str(n["node"])) for n in nodes],
+        "labels": [plain(str(n["node"]).rpartition("/")[2]) for n in nodes],
+        "parents": [plain(str(n["parent"])) for n in nodes],
+        "values": [n["images"] for n in nodes],
+        "branchvalues": "total",
+        "marker": {
+            "colors": [n["right"] for n in nodes],
+            "colorscale": "Cividis",
+            "cmin": 0,
+            "cmax": 1,
+            "colorbar": {"title": {"text": "share right"}},
+        },
+        "hovertemplate": "%{id}<br>%{value} images, %{color:.2f} answered there<extra></extra>",
+        "sort": False,
+    }
+    return figure_of([trace], "", "", height=460)
 
 
 def _severity(severity: Mapping[str, Any]) -> Figure | None:

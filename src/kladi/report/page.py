@@ -127,6 +127,7 @@ def render(results: Results, atlas: Mapping[str, Any] | None, thumbnails: list[s
         methods=results.get("methods", []),
         data_facts=tables.data_facts(results),
         labels=tables.labels(results),
+        parents=tables.parents(results),
         excluded=sorted(results.get("data", {}).get("excluded", {}).items()),
         warnings=results.get("data", {}).get("warnings", []),
         figures=drawn,

@@ -20,7 +20,14 @@ METRIC_ORDER = (
     "mistake_severity",
     "parent_violation_rate",
 )
-LOWER_IS_BETTER = {"mistake_severity", "parent_violation_rate", "ece", "hierarchical_distance_at_1"}
+LOWER_IS_BETTER = {
+    "calibration_error",
+    "mistake_severity",
+    "parent_violation_rate",
+    "tree_distance_at_1",
+    "tree_distance_at_5",
+    "tree_distance_at_10",
+}
 REGIMES = {
     "probe": "Linear probe on frozen features",
     "knn": "Nearest neighbours (cosine)",
@@ -131,7 +138,11 @@ def _regimes_of(task: str, results: Results, *, named: bool) -> list[dict[str, A
     names = list(dict.fromkeys(key[1] for key in cells))
     out = []
     for regime in sorted(names, key=lambda r: list(REGIMES).index(r) if r in REGIMES else 99):
-        drawn = ("level_accuracy_", "violation_rate_")  # figures of their own show these, depth by depth
+        drawn = (
+            "level_accuracy_",
+            "violation_rate_",
+            "calibration_error_",
+        )  # figures of their own show these, depth by depth
         metrics = _ordered({key[2] for key in cells if key[1] == regime and not key[2].startswith(drawn)})
         rows = []
         for method in _methods(results):
@@ -199,6 +210,21 @@ def labels(results: Results) -> list[tuple[str, str, str]]:
     """Each label with its images and patients, in the order of the file."""
     counts = results.get("data", {}).get("labels", {})
     return [(name, _thousands(images), _thousands(patients)) for name, (images, patients) in counts.items()]
+
+
+def parents(results: Results) -> list[dict[str, Any]]:
+    """For each node with a choice below it how often each method goes down the right child."""
+    found = (results.get("figures") or {}).get("parents") or []
+    return [
+        {
+            "node": str(one["node"]),
+            "images": _thousands(one["images"]),
+            "children": _thousands(one["children"]),
+            "methods": list(one["accuracy"]),
+            "accuracy": [_number(value) for value in one["accuracy"].values()],
+        }
+        for one in found
+    ]
 
 
 def purity(atlas: Mapping[str, Any] | None) -> list[tuple[str, str, str, str]]:

@@ -36,12 +36,14 @@ from kladi.evaluate.metrics.geometric import (
     violations,
 )
 from kladi.evaluate.metrics.hierarchical import (
+    accuracy_below,
     hierarchical_distance_at_k,
     hierarchical_f1,
     hierarchical_precision,
     hierarchical_recall,
     lca_height,
     level_accuracy,
+    level_calibration_error,
     mistake_severity,
     tree_accuracy,
     tree_distance,
@@ -50,6 +52,7 @@ from kladi.evaluate.metrics.hierarchical import (
 __all__ = [
     "UndefinedMetric",
     "accuracy",
+    "accuracy_below",
     "alignment",
     "average_precision",
     "balanced_accuracy",
@@ -65,6 +68,7 @@ __all__ = [
     "hierarchical_recall",
     "lca_height",
     "level_accuracy",
+    "level_calibration_error",
     "level_violation_rates",
     "macro_f1",
     "macro_roc_auc",

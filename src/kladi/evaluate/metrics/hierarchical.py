@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kladi.evaluate.metrics.flat import Ids, as_array, undefined
+from kladi.evaluate.metrics.flat import Ids, as_array, as_float64, expected_calibration_error, undefined
 from kladi.structure.taxonomy import Taxonomy
 
 Labels = Int[np.ndarray | Tensor, " n"] | Bool[np.ndarray | Tensor, "n N"]
@@ -216,3 +216,60 @@ def level_accuracy(pred: Ids, true: Ids, tax: Taxonomy) -> Float[np.ndarray, " d
         depths = ", ".join(str(d + 1) for d in np.flatnonzero(reach == 0)[:20])
         undefined(f"level accuracy: no true node is as deep as {depths}")
     return np.where(reach > 0, right / np.maximum(reach, 1), math.nan)
+
+
+def accuracy_below(
+    pred: Ids, true: Ids, tax: Taxonomy
+) -> tuple[Float[np.ndarray, " N"], Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
+    """For each node: of the rows truly below it, the share whose answer goes down the same child.
+
+    Returns:
+        The share, nan where no row is below the node; the rows below it; the children of it that occur among them.
+        With one child there is nothing to choose. Needs a tree.
+    """
+    tax.require_tree()
+    p, t = _paths(_ids(pred, tax, "pred"), tax), _paths(_ids(true, tax, "true"), tax)
+    N = len(tax.names)
+    right, rows, children = np.zeros(N), np.zeros(N, dtype=np.int64), np.zeros(N, dtype=np.int64)
+    for level in range(t.shape[1] - 1):
+        below = t[:, level + 1] >= 0
+        np.add.at(rows, t[below, level], 1)
+        np.add.at(right, t[below, level], (p[below, level + 1] == t[below, level + 1]).astype(np.float64))
+        met = np.unique(t[below, level + 1])
+        np.add.at(children, np.asarray(tax.ancestor_table)[met, level], 1)
+    return np.where(rows > 0, right / np.maximum(rows, 1), math.nan), rows, children
+
+
+def level_calibration_error(
+    log_probability: Float[np.ndarray | Tensor, "n C"],
+    classes: Int[np.ndarray | Tensor, " C"],
+    true: Ids,
+    tax: Taxonomy,
+    bins: int = 15,
+) -> Float[np.ndarray, " depth"]:
+    """At each depth: the expected calibration error of the likeliest node there, among the rows at least that deep.
+
+    A node has the probability of all classes at or below it; a class above that depth stands for itself. nan, with one
+    warning, where no row is deep enough. Needs a tree.
+
+    Args:
+        classes: the node of each column.
+        bins: as in `expected_calibration_error`.
+    """
+    tax.require_tree()
+    columns = np.asarray(as_array(classes))
+    t, paths = _paths(_ids(true, tax, "true"), tax), _paths(_ids(columns, tax, "classes"), tax)
+    probability = np.exp(as_float64(log_probability, "log_probability"))
+    found = np.full(t.shape[1], math.nan)
+    for level in range(t.shape[1]):
+        reach = t[:, level] >= 0
+        if not reach.any():
+            continue
+        nodes, column = np.unique(np.where(paths[:, level] < 0, columns, paths[:, level]), return_inverse=True)
+        summed = probability[reach] @ np.eye(len(nodes))[column]
+        right = nodes[summed.argmax(axis=1)] == t[reach, level]
+        found[level] = expected_calibration_error(np.minimum(summed.max(axis=1), 1), right, bins)
+    if np.isnan(found).any():
+        depths = ", ".join(str(d + 1) for d in np.flatnonzero(np.isnan(found))[:20])
+        undefined(f"calibration by level: no true node is as deep as {depths}")
+    return found

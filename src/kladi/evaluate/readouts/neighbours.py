@@ -21,13 +21,21 @@ DECIMALS = 9
 TEMPERATURE = 0.07
 
 
+NEAREST = 10
+"""Gallery rows of a query that are named."""
+
+
 @dataclass(frozen=True)
 class Retrieval:
-    """For each query the rank (0-based) of its first match and its average precision, both only where `matched`."""
+    """For each query the rank (0-based) of its first match and its average precision, both only where `matched`.
+
+    nearest: int64[q, k], the gallery rows that come first, k = 10 or the gallery.
+    """
 
     rank: Int[np.ndarray, " q"]
     average_precision: Float[np.ndarray, " q"]
     matched: Bool[np.ndarray, " q"]
+    nearest: Int[np.ndarray, "q k"]
 
 
 def unit(x: Float[np.ndarray, "n F"]) -> Float[np.ndarray, "n F"]:
@@ -102,16 +110,19 @@ def retrieve(
     rank = np.zeros(len(query), dtype=np.int64)
     precision = np.zeros(len(query))
     matched = np.isin(query_target, target)
+    nearest = np.zeros((len(query), min(NEAREST, len(target))), dtype=np.int64)
     for start in range(0, len(query), BLOCK):
         part = slice(start, start + BLOCK)
         similarity = _cosines(query[part], rows)
         match = query_target[part, None] == target
-        relevant = np.take_along_axis(match, np.lexsort((match, -similarity), axis=1), axis=1)
+        order = np.lexsort((match, -similarity), axis=1)
+        nearest[part] = order[:, : nearest.shape[1]]
+        relevant = np.take_along_axis(match, order, axis=1)
         rank[part] = relevant.argmax(axis=1) if len(target) else 0
         hits = np.cumsum(relevant, axis=1)
         at = hits / np.arange(1, len(target) + 1)
         precision[part] = (at * relevant).sum(axis=1) / np.maximum(match.sum(axis=1), 1)
-    return Retrieval(rank, precision, matched)
+    return Retrieval(rank, precision, matched, nearest)
 
 
 def nearest_prototype(

@@ -153,6 +153,21 @@ def retrieval(view: View) -> Iterator[Found]:
             value = float(hit[there].mean()) if there.any() else float("nan")
             rows = RowMean(view.method, "retrieval", name, part.fold, part.repeat, test, hit, there)
             yield part, Value(name, value, test[there], reason), rows
+        if view.task.has_levels and len(train):
+            yield from _tree_distances(view, part, view.target(train)[found.nearest])
+
+
+def _tree_distances(view: View, part: Part, nearest: Int[np.ndarray, "q k"]) -> Iterator[Found]:
+    """How far on the tree the labels of the first k are from the query's, over the largest distance there is."""
+    test, tax = part.rows(TEST), view.task.taxonomy
+    true = np.broadcast_to(view.target(test)[:, None], nearest.shape)
+    far = metrics.tree_distance(nearest.ravel(), true.ravel(), tax).reshape(nearest.shape) / max(tax.diameter, 1)
+    everyone = np.ones(len(test), dtype=bool)
+    for k in RECALLS:
+        name, mean = f"tree_distance_at_{k}", far[:, :k].mean(axis=1)
+        value = float(mean.mean()) if len(test) else float("nan")
+        rows = RowMean(view.method, "retrieval", name, part.fold, part.repeat, test, mean, everyone)
+        yield part, Value(name, value, test, "" if len(test) else "no test rows"), rows
 
 
 def violations(view: View) -> Iterator[Found]:

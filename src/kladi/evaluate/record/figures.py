@@ -73,6 +73,60 @@ def severity(answers: Sequence[Answers], task: Task, methods: Sequence[str]) -> 
     return {"heights": list(heights), "counts": counts} if counts else {}
 
 
+def tree(answers: Sequence[Answers], task: Task, method: str) -> list[dict[str, Any]]:
+    """Every node with an image at or below it: its parent, its images, and the share whose answer is there too.
+
+    Of the probe's first repeat, nodes in the order of the tree. Empty without a tree.
+    """
+    true, pred = _first_repeat(answers, task, method)
+    if not task.has_levels or not len(true):
+        return []
+    table, names = np.asarray(task.taxonomy.ancestor_table), task.taxonomy.names
+    paths, answered = table[true], table[pred]
+    found = []
+    for node in tree_order(task.taxonomy):
+        level = int(task.taxonomy.depth[node]) - 1
+        below = paths[:, level] == node
+        if below.any():
+            above = task.taxonomy.parents[node]
+            found.append(
+                {
+                    "node": names[node],
+                    "parent": names[above[0]] if above else "",
+                    "images": int(below.sum()),
+                    "right": float((answered[below, level] == node).mean()),
+                }
+            )
+    return found
+
+
+def parents(answers: Sequence[Answers], task: Task, methods: Sequence[str]) -> list[dict[str, Any]]:
+    """For each node with a choice below it: images, children, and each method's share that goes down the right one.
+
+    Of the probe's first repeat, nodes in the order of the tree. Empty without a tree.
+    """
+    if not task.has_levels:
+        return []
+    found = {}
+    for method in methods:
+        true, pred = _first_repeat(answers, task, method)
+        if len(true):
+            found[method] = metrics.accuracy_below(pred, true, task.taxonomy)
+    if not found:
+        return []
+    _, rows, children = next(iter(found.values()))
+    return [
+        {
+            "node": task.taxonomy.names[node],
+            "images": int(rows[node]),
+            "children": int(children[node]),
+            "accuracy": {method: float(share[node]) for method, (share, _, _) in found.items()},
+        }
+        for node in tree_order(task.taxonomy)
+        if children[node] > 1
+    ]
+
+
 def by_depth(rows: Sequence[Row], prefix: str, regime: str, methods: Sequence[str]) -> dict[str, list[float | None]]:
     """Mean over the folds of `prefix`1, `prefix`2, ... for each method; None where no fold defines it."""
     found: dict[str, dict[int, list[float]]] = {method: {} for method in methods}
