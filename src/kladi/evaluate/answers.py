@@ -29,6 +29,8 @@ LOWER_IS_BETTER = frozenset(
         "tree_distance_at_10",
     }
 )
+MOST_BINS, ROWS_A_BIN = 15, 20
+"""Of a calibration error: in bins of a row or two each it would measure nothing but that answers are right or wrong."""
 PROBABILISTIC = frozenset({"probe", "finetune"})
 """Regimes whose scores are logarithms of probabilities."""
 MOST_AUC_CLASSES = 12
@@ -140,10 +142,11 @@ def _calibration(answers: Answers, task: Task) -> Iterator[Value]:
         return
     true, tax, log_p = task.target[answers.rows], task.taxonomy, answers.scores
     confidence = np.minimum(np.exp(log_p.max(axis=1, initial=-math.inf)), 1)
-    value, reason = said(lambda: metrics.expected_calibration_error(confidence, answers.pred == true))
+    bins = max(1, min(MOST_BINS, len(true) // ROWS_A_BIN))
+    value, reason = said(lambda: metrics.expected_calibration_error(confidence, answers.pred == true, bins))
     yield Value("calibration_error", value, answers.rows, reason)
     if task.has_levels:
-        found, reason = said(lambda: metrics.level_calibration_error(log_p, answers.classes, true, tax))
+        found, reason = said(lambda: metrics.level_calibration_error(log_p, answers.classes, true, tax, bins))
         for level, value in enumerate(found, start=1):
             why = reason if math.isnan(value) else ""
             yield Value(f"calibration_error_{level}", float(value), answers.rows[tax.depth[true] >= level], why)
