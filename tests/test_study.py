@@ -98,6 +98,7 @@ def changed(folder, *pairs, name="other.toml"):
     [
         ('reference = "simclr"', 'reference = "simcrl"', r'"simcrl" is no method; closest: "simclr"'),
         ('regimes = ["probe"]', 'regimes = ["prob"]', r'regimes = "prob" is not one of probe.*closest: "probe"'),
+        ("folds = 3", 'folds = 3\ncontrols_of = ["simcrl"]', r'controls_of = "simcrl" is no method; closest: "simclr"'),
         ("repeats = 2", "repeat = 2", r'repeat is no key of a study; closest: "repeats"'),
         ("folds = 3", "folds = 2", r"folds 2: takes 3 to 100"),
         ("seeds = 2", "seeds = 3", r"seeds = 3 needs as many repeats"),

@@ -193,13 +193,14 @@ def _under(arm: Arm, control: str, study: Study) -> list[Arm]:
     """The arms that a control adds under a method."""
     objective, of = arm.config.objective.name, {"control_of": arm.name}
     is_reference = arm.name == study.reference
-    if control in {"shuffled_metadata", "shuffled_metadata_within_site"} and objective == "metadata":
+    chosen = not study.controls_of or arm.name in study.controls_of
+    if chosen and control in {"shuffled_metadata", "shuffled_metadata_within_site"} and objective == "metadata":
         return [
             Arm(f"{arm.name}, {control}", arm.config, "pretrained", shuffled=control.removeprefix("shuffled_"), **of)
         ]
-    if control == "shuffled_tree" and objective == "label_tree":
+    if chosen and control == "shuffled_tree" and objective == "label_tree":
         return [Arm(f"{arm.name}, {control}", arm.config, "pretrained", shuffled="tree", **of)]
-    if control == "matched_temperature" and objective == "label_tree":
+    if chosen and control == "matched_temperature" and objective == "label_tree":
         usual = number_of(arm, "temperature", 0.1)
         bare = dataclasses.replace(arm.config, objective=settings.Objective("supcon"))
         return [

@@ -124,6 +124,8 @@ class Terms:
     label_fractions: tuple[float, ...] = (1.0,)
     """Shares of the labelled training patients; 1 is always among them."""
     controls: tuple[Control, ...] = ()
+    controls_of: tuple[str, ...] = ()
+    """Methods that shuffles and temperatures are added under; empty: all that have something to shuffle."""
     margin: float = 0.01
     compat: Compat = ""
     """Fine-tuning and probe as the metadata paper has them ("paper"), or its scripts ("released"), instead of ours."""
@@ -221,6 +223,9 @@ def _require_sense(study: Study) -> None:
         raise UserError("[methods.NAME] is missing: a study compares one method at least with its controls")
     if study.reference not in names:
         raise UserError(f'reference = "{study.reference}" is no method' + suggestion(study.reference, names))
+    for name in study.controls_of:
+        if name not in names:
+            raise UserError(f'controls_of = "{name}" is no method' + suggestion(name, names))
     if not study.regimes:
         raise UserError("regimes names nothing to measure by; probe is the usual one")
     if not study.finetune.scales:
@@ -266,7 +271,9 @@ def _question(name: str, table: Mapping[str, Any]) -> Question:
     for key in table:
         if key not in keys:
             raise UserError(f"tasks.{name}.{key} is no key of a task{suggestion(key, keys)}")
-    if len(table) != 1:
+    if not table:
+        return Question(name)
+    if len(table) > 1:
         raise UserError(f"tasks.{name} takes one of classes, below and column; it has {len(table)}")
     if "classes" not in table:
         return Question(name, below=_text(table, "below"), column=_text(table, "column"))

@@ -1,9 +1,10 @@
-"""The metadata study on a mosaic of public images: five initialisations, four tasks, fine-tuned and probed.
+"""A study of docs/results on a mosaic of public images: `studies/NAME.toml` filled in, run, and printed as Markdown.
 
-    python bench/mosaic_metadata.py MANIFEST TAXONOMY --weights lite0.safetensors --out OUT [--workers 2]
+    python bench/mosaic.py metadata MANIFEST TAXONOMY --out OUT --weights lite0.safetensors [--workers 2]
+    python bench/mosaic.py label_tree MANIFEST TAXONOMY --out OUT [--workers 2]
 
 Writes OUT/study.toml and runs `kladi compare` on it: pretraining reads the manifest's training patients, all folds lie
-among the others. A study that was killed goes on with the same command. Prints the tables of docs/results as Markdown.
+among the others. A study that was killed goes on with the same command.
 """
 
 from __future__ import annotations
@@ -18,65 +19,24 @@ from kladi.evaluate.record import results
 from kladi.report import page
 from kladi.study.compare import compare
 
-STUDY = """
-name = "metadata on the mosaic"
-data = "{manifest}"
-taxonomy = "{taxonomy}"
-reference = "metadata"
-primary = "auc"
-regimes = ["probe", "finetune"]
-folds = 5
-repeats = 3
-seeds = 3
-controls = ["shuffled_metadata", "shuffled_labels", "histogram", "equal_budget"]
-
-[settings]
-data.metadata = ["modality", "anatomy"]
-intensity = {{ size = 32, channels = 3, mean = [0.5], std = [0.5] }}
-augment = {{ hue = 0.02, saturation = 0.1 }}
-encoder.args = {{ channels = [16, 32, 64, 128] }}
-train.epochs = 12
-train.workers = 0
-
-[finetune]
-steps = 100
-epochs = 0
-scales = [3.0]
-looks = 10
-
-[methods.metadata]
-objective.name = "metadata"
-[methods.simclr]
-objective.name = "simclr"
-[methods.classes]
-objective.name = "cross_entropy"
-[methods.imagenet]
-objective.name = "none"
-encoder = {{ name = "tf_efficientnet_lite0", args = {{}} }}
-init.weights = "{weights}"
-[methods.scratch]
-objective.name = "none"
-
-[tasks]
-breast = {{ classes = {{ benign = ["US/breast/neoplasm/benign"], malignant = ["US/breast/neoplasm/malignant"] }} }}
-brain = {{ below = "MR/brain/neoplasm" }}
-skin = {{ below = "XC/skin/neoplasm" }}
-chest = {{ below = "DX/chest" }}
-"""
+STUDIES = Path(__file__).parent / "studies"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", choices=sorted(path.stem for path in STUDIES.glob("*.toml")))
     parser.add_argument("manifest", type=Path)
     parser.add_argument("taxonomy", type=Path)
-    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, default=Path())
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    paths = {name: str(getattr(options, name).absolute()) for name in ("manifest", "taxonomy", "weights")}
+    text = (STUDIES / f"{options.study}.toml").read_text(encoding="utf-8")
+    for name in ("manifest", "taxonomy", "weights"):
+        text = text.replace(f'"{name.upper()}"', f'"{getattr(options, name).absolute()}"')
     study = options.out / "study.toml"
-    study.write_text(STUDY.format(**paths), encoding="utf-8")
+    study.write_text(text, encoding="utf-8")
     compare(study, options.out, workers=options.workers, say=lambda text: print(text, file=sys.stderr, flush=True))
     page.write(options.out)
     print(markdown(results.read(options.out)))
