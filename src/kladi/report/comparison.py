@@ -122,6 +122,7 @@ def _differences(results: Results) -> Figure | None:
         {
             "type": "scatter",
             "mode": "markers",
+            "orientation": "h",  # methods of one row stand below each other
             "name": plain(method),
             "x": [c["difference"] for c in found],
             "y": [plain(f"{c['dataset']}, {c['regime']}") for c in found],

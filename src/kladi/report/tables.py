@@ -200,7 +200,10 @@ def data_facts(results: Results) -> list[tuple[str, str]]:
     if data.get("sites"):
         facts.append(("sites", _thousands(data["sites"])))
     facts += [
-        (str(part["part"]), f"{_thousands(part['images'])} images of {_thousands(part['patients'])} patients")
+        (
+            ", ".join(str(part[key]) for key in ("task", "part") if key in part),
+            f"{_thousands(part['images'])} images of {_thousands(part['patients'])} patients",
+        )
         for part in _parts(results)
     ]
     return [(name, value) for name, value in facts if value]
@@ -288,6 +291,7 @@ def not_run(results: Results) -> list[str]:
 def words(metric: str) -> str:
     """`balanced_accuracy` -> `balanced accuracy`; the arrow says which way is better where lower is."""
     text = metric.replace("_", " ").replace("hierarchical f1", "hierarchical F1")
+    text = "AUC" if text == "auc" else text
     return text + (" (lower is better)" if metric in LOWER_IS_BETTER else "")
 
 
