@@ -132,13 +132,13 @@ class _Pairs:
         self.erase(tile, i, j)
         return tile
 
-    def erase(self, tile: Tensor, i: slice, j: slice) -> None:
-        """-inf where a row meets itself, or another view of its sample: on a few diagonals of the tile."""
+    def erase(self, tile: Tensor, i: slice, j: slice, value: float = -math.inf) -> None:
+        """-inf, or the value, where a row meets itself or another view of its sample: a few diagonals of the tile."""
         samples = len(self.classes) // max(self.views, 1)
         for shift in range(-(self.views - 1), self.views):
             offset = i.start + shift * samples - j.start
             if -tile.shape[0] < offset < tile.shape[1]:
-                tile.diagonal(offset).fill_(-math.inf)
+                tile.diagonal(offset).fill_(value)
 
     def weights(self, each: Tensor, i: slice, j: slice, stripes: list[Stripe], room: Tensor) -> Tensor:
         """A_ik (e_i + e_k) of a tile, or A_ik e_i where keys stand apart; a lone number A is left to the products."""
