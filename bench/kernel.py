@@ -31,7 +31,7 @@ D = 128
 ROUNDS = {2048: 9, 8192: 5, 16384: 3}
 ONLY_MEMORY = [32768]
 MOST = 10e9
-OURS = ["NT-Xent", "SupCon", "Jaccard", "tree-weighted"]
+OURS = ["NT-Xent", "SupCon", "Jaccard", "tree-weighted", "tree-weighted, ball"]
 PEERS = ["SupCon, dense formula", "SupCon, pytorch-metric-learning", "NT-Xent, lightly"]
 
 
@@ -61,13 +61,13 @@ def loss_of(name: str, n: int) -> Callable[[Tensor], Tensor]:
         sets = torch.cat([torch.nn.functional.one_hot(c) for c in columns], 1).bool()
         jaccard = MultiLabelContrastiveLoss(0.07, 0.3)
         return lambda z: jaccard(z, sets)
-    if name == "tree-weighted":
+    if name in {"tree-weighted", "tree-weighted, ball"}:
         from kladi.losses import HierarchyWeightedContrastiveLoss
         from kladi.structure.taxonomy import Taxonomy
 
         tax = Taxonomy.from_paths([f"{i % 4}/{i % 20}/{i}" for i in range(100)])
         leaves = torch.tensor(tax.leaves.tolist())[torch.randint(100, (B,), generator=g)]
-        tree = HierarchyWeightedContrastiveLoss(tax)
+        tree = HierarchyWeightedContrastiveLoss(tax, geometry="poincare" if name.endswith("ball") else "sphere")
         return lambda z: tree(z, leaves)
     if name == "SupCon, dense formula":
         both = target.repeat(2)

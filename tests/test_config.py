@@ -54,7 +54,7 @@ def test_a_misspelt_key_names_the_right_one(key):
         ("train.optimizer", "adam", 'closest: "adamw"'),
         ("data.drop_blank", "yes", "true or false"),
         ("augment.crop", "0.3", "takes 2 values"),
-        ("encoder.args", "3", "table of keyword arguments"),
+        ("encoder.args", "3", "is a table, not"),
         ("train.epochs.more", "3", "not a key"),
         ("epochs", "3", "not a key"),
     ],
@@ -117,3 +117,20 @@ def test_every_key_says_what_it_means():
             config.Config(), {key: config.to_dict(config.Config())[key.split(".")[0]][key.split(".")[1]]}
         )
         assert default, key
+
+
+def test_names_of_columns_hold_blanks_and_dots(tmp_path):
+    given = {
+        "objective.args.weights": {"Body Part": 2.0, "x.y": 0.5},
+        "data.metadata_trees.Body Part": "parts.csv",
+        "data.metadata": ["Body Part", "x.y"],
+    }
+    found = config.override(config.Config(), given)
+    (tmp_path / "c.toml").write_text(config.to_toml(found), encoding="utf-8")
+    assert config.read(tmp_path / "c.toml") == found
+
+
+def test_a_table_among_the_arguments_takes_single_entries():
+    found = config.override(config.Config(), {"objective.args.weights": {"a": 1.0}})
+    found = config.override(found, {"objective.args.weights.b": "2.0"})
+    assert found.objective.args == {"weights": {"a": 1.0, "b": 2.0}}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kladi.losses.contrast import OwnView, PairTables
-from kladi.losses.contrast_ball import contrast_in_ball
+from kladi.losses.contrast_ball import KEPT, _BallPairs, _sums, contrast_in_ball
 from kladi.losses.geometry import PoincareBall
 
 BALL = PoincareBall(0.1, 2.3)
@@ -29,11 +29,15 @@ def dense(z, classes, tables, views=1, own=None):
     x = BALL.embed(z)
     n = len(x)
     pair = (classes[:, None], classes)
-    W, A, B = tables.weight[pair], tables.scale[pair], tables.bias[pair]
+    weight = tables.weight if tables.weight.ndim == 2 else torch.diag(tables.weight)
+    A = tables.scale[pair]
+    W, B = weight[pair], torch.zeros_like(A) if tables.bias is None else tables.bias[pair]
     if own is not None:
         sample = torch.arange(n) % (n // views)
         same = sample[:, None] == sample
-        W, A, B = (torch.where(same, v, t) for v, t in ((own.weight, W), (own.scale, A), (own.bias, B)))
+        W = torch.where(same, own.weight, W)
+        if own.scale is not None:
+            A, B = torch.where(same, own.scale, A), torch.where(same, own.bias, B)
     off = ~torch.eye(n, dtype=torch.bool)
     W = W * off
     logits = torch.stack([B[i] - A[i] * BALL.distance(x[i].expand_as(x), x) for i in range(n)])
@@ -57,6 +61,81 @@ def test_dense_sums(tile, own):
     assert got.item() == pytest.approx(want.item(), abs=1e-12)
     assert idle.item() == pytest.approx(idle_dense.item())
     assert torch.allclose(ours.grad, theirs.grad, atol=1e-11)
+
+
+@pytest.mark.parametrize("tile", [2, 3, 5, 70])  # streamed, streamed, kept, one tile
+@pytest.mark.parametrize("weight", ["leaf", "graded"])
+@pytest.mark.parametrize("mode", ["scale", "mass", "both", "neither"])
+@pytest.mark.parametrize("U", [3, 40])  # runs of one class that span tiles; more runs than are met one by one
+@pytest.mark.parametrize("sharp", [1, 400])  # one exponential a pair; a running log-sum-exp
+def test_every_path(tile, weight, mode, U, sharp):
+    z, classes, tables = case(n=70, U=U, seed=3)
+    assert (KEPT * tile >= 70) == (tile >= 5)
+    one = torch.full_like(tables.scale, 2.0)
+    tables = PairTables(
+        weight=torch.rand(U, generator=torch.Generator().manual_seed(2)).double()
+        if weight == "leaf"
+        else tables.weight,
+        scale=sharp * (tables.scale if mode in {"scale", "both"} else one),
+        bias=tables.bias if mode in {"mass", "both"} else None,
+    )
+    for own in (None, OwnView(weight=0.7, scale=3.0, bias=0.2), OwnView(weight=0.7)):
+        of_row = classes if own is None else classes[:35].repeat(2)
+        ours, theirs = z.clone().requires_grad_(), z.clone().requires_grad_()
+        got, _ = contrast_in_ball(BALL.embed(ours), of_row, tables, BALL, views=2, own=own, tile=tile)
+        want, _ = dense(theirs, of_row, tables, 2, own)
+        got.backward()
+        want.backward()
+        assert got.item() == pytest.approx(want.item(), rel=1e-12)
+        assert torch.allclose(ours.grad, theirs.grad, atol=1e-11 * sharp)
+
+
+@pytest.mark.parametrize(("sharp", "raised"), [(1, True), (400, False)])
+def test_which_sums_of_exponentials_are_met(sharp, raised):
+    """That the cases above meet both kinds."""
+    z, classes, tables = case(n=70, U=3, seed=3)
+    x = BALL.embed(z)
+    tables = PairTables(weight=tables.weight, scale=sharp * tables.scale, bias=tables.bias)
+    pairs = _BallPairs(x, classes, tables, torch.ones(3).double(), BALL.curvature, views=1, tile=5)
+    assert bool(_sums(pairs, raised=True)) == raised
+
+
+@pytest.mark.parametrize("curvature", [1e-6, 1e-3, 0.1, 1.0])
+@pytest.mark.parametrize("apart", [1.0, 1e-1, 1e-2, 1e-3, 1e-4, 0.0])
+def test_near_pairs_lose_no_more_digits_than_to_squared_distances(curvature, apart):
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(200, 128, generator=g, dtype=torch.float64)
+    z = torch.cat([z, z + apart * torch.randn(200, 128, generator=g, dtype=torch.float64) / math.sqrt(128)])
+    ball = PoincareBall(curvature, 2.3)
+    x = ball.embed(z).float()
+    near, far = x[:200], x[200:]
+    tables = PairTables(weight=torch.ones(1), scale=torch.ones(()))
+    pairs = _BallPairs(x, torch.zeros(400).long(), tables, torch.ones(1), curvature, views=1, tile=400)
+    got, _ = pairs.angles(slice(0, 200), slice(200, 400), pairs.room(x), pairs.room(x), apart=False)
+    want = ball.distances(near.double(), far.double(), exact=True)
+    ours = (got.double() / math.sqrt(curvature) - want).abs()
+    theirs = (ball.distances(near, far).double() - want).abs()
+    assert ours.max() < 1.1 * theirs.max()
+    assert ours[want > 1].max() < max(1e-5, 1.5 * theirs[want > 1].max())
+
+
+def test_gradient_of_near_and_equal_pairs_in_float32():
+    """Equal points have no direction from one to the other; those an eightieth apart have one, to two digits."""
+    z, classes, tables = case(n=100, seed=5)
+    single = PairTables(*(t.float() for t in (tables.weight, tables.scale, tables.bias)))
+    for step in (0.0, 0.0125):
+        both = torch.cat([z, z + step * torch.randn(z.shape, generator=torch.Generator().manual_seed(1))])
+        both = both.float().double()
+        double_, float_ = both.clone().requires_grad_(), both.float().requires_grad_()
+        contrast_in_ball(BALL.embed(double_), classes.repeat(2), tables, BALL)[0].backward()
+        contrast_in_ball(BALL.embed(float_), classes.repeat(2), single, BALL)[0].backward()
+        assert (float_.grad - double_.grad).norm() < 2e-2 * double_.grad.norm()
+
+
+def test_what_is_no_number_stays_none():
+    z, classes, tables = case()
+    z[3] = math.nan
+    assert contrast_in_ball(BALL.embed(z), classes, tables, BALL)[0].isnan()
 
 
 def test_gradcheck_through_the_embedding_and_the_clip():

@@ -17,12 +17,14 @@ import pytest
 
 from kladi import config as settings
 from kladi import toy
-from kladi.errors import UserError
+from kladi.data.load import load
+from kladi.errors import RunStopped, UserError
 from kladi.evaluate.answers import Task
 from kladi.evaluate.measure import Measured, Method, measure
 from kladi.evaluate.record import results
 from kladi.evaluate.splits import TEST, TRAIN, UNUSED, VAL
-from kladi.learn import lock
+from kladi.learn import console, lock
+from kladi.learn.fit import fit
 from kladi.study import arms, cells, design, questions, record
 from kladi.study.compare import compare
 
@@ -112,6 +114,9 @@ def changed(folder, *pairs, name="other.toml"):
             r"takes one of classes, below and column; it has 2",
         ),
         ('data = "manifest.csv"\n', "", r"data is missing"),
+        ('data = "manifest.csv"\n', 'data = ""\n', r"data is missing"),
+        ('below = "round"', 'below = ""', r"tasks.shape.below is empty"),
+        ('regimes = ["probe"]', 'regimes = ["retrieval"]', r'"shuffled_labels" needs a regime that classifies'),
         ('objective.name = "simclr"', 'objective.name = "simcrl"', r'"simcrl" is not one of .*closest: "simclr"'),
         ('objective.name = "simclr"', "train.lr = 0.1", r'methods.simclr: objective.name = "auto" is not one of'),
         ('regimes = ["probe"]', "regimes = []", r"regimes names nothing"),
@@ -546,3 +551,77 @@ def test_a_study_by_the_published_recipes(ward):
     }
     assert any("published recipes" in warning for warning in content["data"]["warnings"])
     assert len(content["comparisons"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (('objective.name = "simclr"', 'objective = { name = "simclr", args = { temperature = 0 } }'), "temperature"),
+        (('objective.name = "simclr"', 'objective.name = "my.py:Loss"'), "there is no file"),
+        (('objective.name = "simclr"', 'objective.name = ":"'), "without a file"),
+        (('objective.name = "none"', 'objective.name = "none"\ninit.weights = "study.toml"'), "study.toml"),
+    ],
+)
+def test_a_mistake_of_the_last_method_costs_no_training(ward, tmp_path, changes, said):
+    file = changed(ward, changes, name="late.toml")
+    with pytest.raises(UserError, match=said) as error:
+        compare(file, tmp_path / "late")
+    assert str(error.value).startswith("methods.")
+    assert not (tmp_path / "late" / "runs").exists()
+
+
+def test_patients_that_foreign_weights_have_seen_are_in_no_fold(ward, tmp_path):
+    config = design.read(ward / "study.toml").config
+    dataset, _ = load(ward / "manifest.csv", config)
+    everyone = dataclasses.replace(dataset, split=np.where(np.arange(len(dataset)) < 30, 0, 1))
+    fit(everyone, settings.override(config, {"objective.name": "simclr"}), tmp_path / "run", progress=console.Silent())
+    weights = f'objective.name = "none"\ninit.weights = "{tmp_path / "run" / "model.safetensors"}"'
+    context = cells.context(changed(ward, ('objective.name = "none"', weights), name="foreign.toml"), tmp_path)
+    met = np.isin(dataset.group, dataset.group[:30])
+    for asked in context.asked.values():
+        assert (asked.task.target[met] == -1).all()
+        assert (asked.task.target[~met] >= 0).any()
+    assert any("in no fold of any method" in warning for warning in context.warnings)
+
+
+def test_a_column_is_read_as_metadata_are(ward, tmp_path):
+    text = (ward / "manifest.csv").read_text().splitlines()
+    cells_of = ["High", "high ", "low", "unknown", "LOW", "n/a"]
+    rows = [f"{line},{cells_of[i % 6]}" for i, line in enumerate(text[1:])]
+    (ward / "graded.csv").write_text("\n".join([f"{text[0]},grade", *rows]) + "\n")
+    changes = ('data = "manifest.csv"', 'data = "graded.csv"'), ('below = "round"', 'column = "grade"')
+    context = cells.context(changed(ward, *changes, name="graded.toml"), tmp_path)
+    assert context.asked["shape"].task.taxonomy.names == ("high", "low")
+
+
+def test_a_task_that_the_pretraining_was_told_is_named(ward, tmp_path):
+    changes = ('objective.name = "simclr"', 'objective.name = "metadata"'), ('below = "round"', 'column = "modality"')
+    context = cells.context(changed(ward, *changes, name="told.toml"), tmp_path)
+    assert any("that is no transfer" in warning for warning in context.warnings)
+
+
+def test_fine_tuning_that_diverges_is_a_row_with_its_reason(ward, tmp_path):
+    controls = 'controls = ["random_encoder", "histogram", "shuffled_labels"]\n'
+    wild = "encoder_lr = 1e5\nhead_lr = 1e5\nscales = [1.0]\nsteps = 4\nepochs = 0\nclip = 1e9"
+    recipe = f"[finetune]\n{wild}\n[methods.scratch]"
+    file = changed(ward, (controls, ""), ('["probe"]', '["finetune"]'), ("[methods.scratch]", recipe), name="wild.toml")
+    compare(file, tmp_path / "wild")
+    rows = results.read(tmp_path / "wild")["rows"]
+    assert rows
+    assert all(row["value"] is not None or row["reason"] for row in rows)
+
+
+def test_what_is_wrong_with_one_run_is_mended_by_deleting_it(ward, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "S")
+    for broken in (tmp_path / "S" / "runs").glob("simclr-*"):
+        (broken / "embeddings.npz").write_bytes(b"PK")
+    shutil.rmtree(tmp_path / "S" / "cells")
+    with pytest.raises(UserError, match="delete that folder"):
+        compare(ward / "study.toml", tmp_path / "S")
+
+
+def test_a_folder_that_is_in_the_way_is_named(ward, tmp_path):
+    (tmp_path / "S").mkdir()
+    (tmp_path / "S" / "splits").write_text("")
+    with pytest.raises(RunStopped, match="cannot be read or written"):
+        compare(ward / "study.toml", tmp_path / "S")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ def check(data: Path, config: settings.Config, out: Path | None) -> int:
     start = time.perf_counter()
     inspection = load.inspect(data, config)
     _head("check", str(data), summary.described(inspection))
-    for name, text in summary.lines(inspection, config, time.perf_counter() - start):
+    for name, text in summary.lines(inspection, config, time.perf_counter() - start, **_pair_rules(config)):
         _line(name, text)
     for name, text in summary.finding_lines(inspection.findings, inspection.manifest):
         _line(name, text)
@@ -48,7 +49,6 @@ def plan(data: Path, out: Path, earlier: Path | None, given: Mapping[str, Any], 
     from kladi import plan as planning
     from kladi.data import load, summary
     from kladi.evaluate import diagnostics
-    from kladi.learn import objectives
 
     earlier = earlier or (out if out.is_file() else None)  # what a person wrote is never overwritten
     kept = planning.changed_by_hand(earlier) if earlier else {}
@@ -74,9 +74,7 @@ def plan(data: Path, out: Path, earlier: Path | None, given: Mapping[str, Any], 
     for key, reason in reasons.items():
         section, name = key.split(".", 1)
         _line(key, f"{_shown(getattr(getattr(config, section), name.split('.')[0])):<24} {reason}", width=26)
-    of_loss = objectives.arguments("metadata", config.objective.args) if config.objective.name == "metadata" else {}
-    rules = {key: of_loss[key] for key in ("weights", "threshold") if key in of_loss}
-    for name, text in summary.metadata_lines(dataset, config.train.batch, **rules):
+    for name, text in summary.metadata_lines(dataset, config.train.batch, **_pair_rules(config)):
         _line(name, text, width=26)
     if facts.held_out_patients:
         _line("held out", f"{facts.held_out_patients:,} patients, never seen in pretraining", width=26)
@@ -96,11 +94,14 @@ def pretrain(data: Path, config: settings.Config, out: Path, *, resume: bool, fo
     """Train, or say what training would do."""
     from kladi.data import load, summary
     from kladi.data.dataset import TRAIN
-    from kladi.learn import ranks
+    from kladi.learn import ranks, signals
     from kladi.learn.fit import fit
 
+    follows = ranks.follows(config.train)
+    if follows and ranks.started_here():
+        signals.end_with(os.getppid())
     dataset, inspection = load.load(data, config)
-    if ranks.follows(config.train):  # the process that leads the run says all there is to say
+    if follows:  # the process that leads the run says all there is to say
         fit(dataset, config, out, resume=resume)
         return 0
     _head("pretrain", str(out), f"seed {config.train.seed}, no network")
@@ -202,6 +203,16 @@ def _names(what: str) -> list[str]:
     from kladi.evaluate import metrics
 
     return sorted(name for name in dir(metrics) if not name.startswith("_") and callable(getattr(metrics, name)))
+
+
+def _pair_rules(config: settings.Config) -> dict[str, Any]:
+    """What the arguments of the metadata objective say of pairs: weights and threshold."""
+    if config.objective.name != "metadata":
+        return {}
+    from kladi.learn import objectives
+
+    args = objectives.arguments("metadata", config.objective.args)
+    return {key: args[key] for key in ("weights", "threshold") if key in args}
 
 
 def _run_config(run: Path, overrides: Mapping[str, str]) -> settings.Config:

@@ -12,6 +12,7 @@ import inspect
 import itertools
 import json
 import math
+import re
 import tomllib
 import types
 import typing
@@ -44,6 +45,7 @@ __all__ = [
 ]
 
 
+_BARE = re.compile(r"[A-Za-z0-9_-]+")
 T = typing.TypeVar("T", bound=Any)
 Ranges = Mapping[str, tuple[float | int, float | int]]
 """Key -> least and most."""
@@ -165,7 +167,12 @@ def _replaced(config: Config, key: str, value: Any, where: str) -> Config:
         old = getattr(table, name)
         if not isinstance(old, dict):
             raise UserError(f"{prefix}{key} is not a key; closest: {'' if where else '--'}{section}.{name}")
-        value = {**old, argument: _scalar(value)}
+        inner, _, below = argument.partition(".")
+        if name == "args" and below:  # objective.args.weights.modality = 2.0
+            kept = old.get(inner)
+            value = {**old, inner: {**(kept if isinstance(kept, dict) else {}), below: _scalar(value)}}
+        else:
+            value = {**old, argument: _scalar(value)}
     else:
         value = _coerced(value, typing.get_type_hints(type(table))[name], f"{prefix}{key}")
         _check_range(key, value, prefix)
@@ -219,7 +226,8 @@ def _coerced(value: Any, kind: Any, what: str) -> Any:
     if origin is typing.Literal:
         if value not in args:
             raise UserError(
-                f'{what} = "{value}" is not one of {", ".join(args)}; closest: "{closest(str(value), args)[0]}"'
+                f'{what} = "{value}" is not one of {", ".join(filter(None, args))}; '
+                f'closest: "{closest(str(value), args)[0]}"'
             )
         return value
     if origin is tuple:
@@ -234,7 +242,7 @@ def _coerced(value: Any, kind: Any, what: str) -> Any:
         return tuple(_coerced(part, one, what) for part, one in zip(parts, inner, strict=True))
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise UserError(f"{what} is a table of keyword arguments, for example {what}.temperature 0.2")
+            raise UserError(f"{what} is a table, not {value!r}; for example {what}.NAME VALUE")
         return dict(value)
     return _number_or_text(value, kind, what)
 
@@ -253,9 +261,14 @@ def _number_or_text(value: Any, kind: type | types.UnionType, what: str) -> Any:
     raise UserError(f'{what} = "{value}" is not {names.get(kind, "valid")}')  # type: ignore[arg-type]
 
 
+def _toml_key(key: str) -> str:
+    """Bare where TOML allows that, else quoted: names of columns hold blanks and dots."""
+    return key if _BARE.fullmatch(key) else json.dumps(key, ensure_ascii=False)
+
+
 def _toml_value(value: Any) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{k} = {_toml_value(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{_toml_key(k)} = {_toml_value(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(_toml_value(v) for v in value) + "]"
     return json.dumps(value, ensure_ascii=False)  # TOML's strings, booleans and numbers are JSON's

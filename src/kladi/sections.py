@@ -20,6 +20,8 @@ class Data:
     """Node of the label tree file that becomes the implicit root; what is not below it is left out."""
     metadata: tuple[str, ...] = ()
     """Columns (or DICOM attributes) that become label sets."""
+    keep: tuple[str, ...] = ()
+    """Further columns that are kept as text; a study adds those that its tasks ask for."""
     synonyms: str = ""
     """TOML file laid over the shipped synonyms of metadata values."""
     metadata_trees: dict[str, Any] = field(default_factory=dict)
@@ -33,7 +35,7 @@ class Data:
     held_out: float = 0.3
     """Share of patients kept from pretraining for the evaluation, where the manifest has no column split."""
     most_per_label: int = 0
-    """Training images of a label that are used at most, drawn by lot with `train.seed`; 0: all."""
+    """Images of a label that are used at most (with a column split: of its training rows), drawn by lot; 0: all."""
     max_pixels: int = 178_956_970
     """Files whose header promises more pixels are left out before anything is allocated."""
     nonfinite: typing.Literal["leave_out", "zero"] = "leave_out"

@@ -19,7 +19,7 @@ from kladi.data.decoded.store import Store
 from kladi.data.findings import Finding, line, merged
 from kladi.data.rows import checks, manifest, sample
 from kladi.data.rows.labels import file_tree
-from kladi.data.rows.manifest import Manifest
+from kladi.data.rows.manifest import ROLES, Manifest
 from kladi.data.views import philox
 from kladi.errors import UserError
 from kladi.sections import WITH_LABELS
@@ -98,7 +98,7 @@ def join(inspection: Inspection, config: settings.Config) -> Dataset:
     if pixels is None or len(pixels) == 0:
         raise UserError("no image could be read")
     table = inspection.manifest.table[pixels.source.tolist()]
-    names = inspection.manifest.metadata
+    names = tuple(dict.fromkeys(inspection.manifest.metadata))
     patients = table["patient"]
     group = patient_groups(patients, pixels.pixel_digest)
     target = _targets(table["label"], taxonomy)
@@ -111,7 +111,7 @@ def join(inspection: Inspection, config: settings.Config) -> Dataset:
         taxonomy=taxonomy,
         target=target,
         label_sets=_label_sets(table.select(names), config.data),
-        columns=_columns(table, names),
+        columns=_columns(table, (*names, *config.data.keep)),
         has_patients=patients.null_count() < len(patients),
     )
 
@@ -209,8 +209,8 @@ def _splits(
     return np.where(held_out[group], HELD_OUT, TRAIN).astype(np.int64)
 
 
-def _columns(table: pl.DataFrame, metadata: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    names = [name for name in dict.fromkeys([*metadata, *SHOWN_COLUMNS]) if name in table.columns]
+def _columns(table: pl.DataFrame, asked: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    names = [n for n in dict.fromkeys([*asked, *SHOWN_COLUMNS]) if n in table.columns and n not in ROLES]
     return {name: tuple(table[name].fill_null("").to_list()) for name in names}
 
 

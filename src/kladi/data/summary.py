@@ -33,8 +33,8 @@ def described(inspection: Inspection) -> str:
     return ", ".join([*facts, f"{inspection.manifest.table.height:,} rows"])
 
 
-def lines(inspection: Inspection, config: settings.Config, seconds: float) -> Lines:
-    """The data in a few lines: columns, images, patients, splits, labels, structure."""
+def lines(inspection: Inspection, config: settings.Config, seconds: float, **rules: Any) -> Lines:
+    """The data in a few lines: columns, images, patients, splits, labels, structure; `rules` of `metadata_lines`."""
     manifest, store = inspection.manifest, inspection.store
     aliases = manifest.described.get("aliases") or {}
     named = [f"{role} <- {column}" for role, column in aliases.items()]
@@ -56,7 +56,7 @@ def lines(inspection: Inspection, config: settings.Config, seconds: float) -> Li
     if not inspection.errors():
         dataset = join(inspection, config)
         yield from _joined(dataset)
-        yield from metadata_lines(dataset, config.train.batch)
+        yield from metadata_lines(dataset, config.train.batch, **rules)
 
 
 def finding_lines(findings: Sequence[Finding], manifest: Manifest | None = None) -> Lines:

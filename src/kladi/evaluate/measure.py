@@ -158,10 +158,14 @@ class Keeper:
         self.out, self.method, self.task = out, method, task
         self.seed, self.config_digest, self.label_fraction = seed, config_digest, label_fraction
 
-    def unable(self, regime: str, parts: tuple[Part, ...]) -> None:
-        """A row with a reason for each fold in which no classifier can be trained or tested."""
+    def unable(self, regime: str, parts: tuple[Part, ...], otherwise: str = "") -> None:
+        """A row with a reason for each fold in which no classifier can be trained or tested.
+
+        Args:
+            otherwise: the reason where the fold itself is none.
+        """
         for part in parts:
-            reason = readouts.cannot(part, self.task)
+            reason = readouts.cannot(part, self.task) or otherwise
             if reason:
                 self._row(regime, part, Value(PRIMARY, float("nan"), part.rows(TEST), reason), (0.0, 0.0))
 

@@ -10,6 +10,8 @@ import contextlib
 import logging
 import math
 import os
+import re
+import signal
 import time
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
@@ -47,6 +49,8 @@ SAVE_SECONDS = 60.0
 """Without `train.checkpoint_steps`, the end of an epoch saves only if the last save is so long ago."""
 LOOK_STEPS = 50
 """Looks at the fixed rows are at least so many steps apart, at ends of epochs."""
+_LOST = re.compile(r"gloo|nccl|socket|connection|peer|store|timed out", re.IGNORECASE)
+"""How the words of a failed exchange between processes sound."""
 FIRST_LOOK = 20
 """Before so many steps batch statistics have not settled, and what evaluation mode shows means nothing."""
 
@@ -101,8 +105,10 @@ def fit(
                 run_folder.require_empty(run)
             if found is None:
                 checkpoint.check_space(run, training.snapshot(t))
-            _join(t)
             with Log(run, progress or Lines(), config.train.tensorboard) as log:
+                if t.fabric.world_size > 1:
+                    log.say("waiting", f"for {t.fabric.world_size - 1} other processes")
+                _join(t)
                 log.data(dataset, t.objective)
                 name = objectives.resolved(config.objective.name, objectives.Facts.of(dataset))
                 log.say("loss", f"{name} = {_formula(t.objective.weights)}")
@@ -144,6 +150,7 @@ def _train(t: Training, run: Path, journal: Journal, log: Log, requests: signals
                 raise RunStopped(collapsed)
             if stop and t.step < t.last:
                 log.say("saved", f"step {saved:,} (verified); go on with the same command and --resume")
+                requests.stop = requests.stop or signal.SIGTERM  # another process may have been asked
                 requests.leave()
     if not t.at_epoch_end:
         journal.write({**_look(t, rows), "at_stop": True})
@@ -167,7 +174,8 @@ def _join(t: Training) -> None:
     """Start the other processes of this machine, unless they were started with us, and wait for all of them."""
     if t.fabric.world_size > 1:
         logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # its banner is no line of ours
-        t.fabric.launch()
+        with signals.at_once():
+            t.fabric.launch()
 
 
 def _step(t: Training, batch: Batch, run: Path, waited: float) -> dict[str, Any]:
@@ -326,6 +334,8 @@ def _worded(run: Path, config: settings.Config) -> Iterator[None]:
             text = f"out of memory with --train.batch {config.train.batch}; --train.batch {half} needs about half"
         elif isinstance(error, OSError):
             text = f"cannot be read or written ({error.strerror or error})"
+        elif math.prod(ranks.counted(config.train)) > 1 and _LOST.search(text):
+            text = "another process of this run was lost; the same command with --resume goes on"
         elif not isinstance(error, RunStopped):
             raise
         kept = "" if "last good checkpoint" in text else f"; {checkpoint.last_good(run)}"

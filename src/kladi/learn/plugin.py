@@ -29,7 +29,9 @@ def loss(name: str, args: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[
     Raises:
         UserError: no such file or class, an argument that the class does not take, or the class refuses.
     """
-    file, _, class_name = name.partition(":")
+    file, _, class_name = name.rpartition(":")
+    if not Path(file).name:
+        raise UserError(f'--objective.name "{name}" is my_file:MyLoss without a file')
     kind = _class(Path(file).with_suffix(".py"), class_name)
     known = inspect.signature(kind).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
@@ -48,7 +50,7 @@ def loss(name: str, args: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[
 
 def term_name(name: str) -> str:
     """What the term is called in logs."""
-    return name.partition(":")[2].lower()
+    return name.rpartition(":")[2].lower()
 
 
 def _class(file: Path, class_name: str) -> type[nn.Module]:

@@ -35,6 +35,11 @@ def follows(train: settings.Train) -> bool:
     return next((int(os.environ[name]) for name in names if name in os.environ), 0) > 0
 
 
+def started_here() -> bool:
+    """Whether the process that leads the run started this one; not torchrun, nor srun."""
+    return "LOCAL_RANK" in os.environ and "RANK" not in os.environ and "SLURM_PROCID" not in os.environ
+
+
 def world() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -47,13 +47,20 @@ def pair_logsumexp(
             raise ValueError("keys need key_classes")
         return _LogSumExp.apply(rows, keys, _Pairs(classes, key_classes, scale, bias, views=0, tile=tile))
     if scale.ndim == 2 or bias is not None:
-        # Samples of one class side by side, in all views alike: a row of a table then serves a whole stripe of a tile.
-        samples = len(rows) // views
-        order = torch.argsort(classes[:samples])
-        order = torch.cat([order + view * samples for view in range(views)])
+        order = by_class(classes, views)
         pairs = _Pairs(classes[order], classes[order], scale, bias, views=views, tile=tile)
         return _LogSumExp.apply(rows.index_select(0, order), None, pairs)[torch.argsort(order)]
     return _LogSumExp.apply(rows, None, _Pairs(classes, classes, scale, bias, views=views, tile=tile))
+
+
+def by_class(classes: Int[Tensor, " n"], views: int) -> Int[Tensor, " n"]:
+    """An order in which samples of one class are side by side, in all views alike.
+
+    A row of a table then serves a whole stripe of a tile.
+    """
+    samples = len(classes) // views
+    order = torch.argsort(classes[:samples])
+    return torch.cat([order + view * samples for view in range(views)])
 
 
 Stripe = tuple[slice, Any, Any]

@@ -6,8 +6,10 @@ nothing is ever reused for what it is not.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,9 +24,10 @@ from kladi.evaluate import baselines
 from kladi.evaluate.controls import shuffled_leaves
 from kladi.evaluate.embed import Embeddings, describe, embed
 from kladi.evaluate.evaluation import random_encoder
-from kladi.learn import console, run_folder, training
+from kladi.learn import console, objectives, run_folder, training
 from kladi.learn.fit import fit
 from kladi.models import backbones, heads
+from kladi.models.heads import Projector
 from kladi.sections import WITHOUT_LABELS
 from kladi.study.design import NOT_PRETRAINED, Study
 from kladi.study.questions import over_patients
@@ -114,11 +117,35 @@ def arms(study: Study) -> tuple[Arm, ...]:
     return tuple(found)
 
 
+def require_buildable(found: Sequence[Arm], dataset: Dataset) -> None:
+    """Build every encoder and objective once, and read foreign weights: a mistake in the last method costs no night.
+
+    Raises:
+        UserError: names the method.
+    """
+    for arm in found:
+        if arm.kind not in {"pretrained", "given"} or arm.shuffled:
+            continue
+        config = arm.config
+        try:
+            encoder = random_encoder(config.encoder, config.intensity)
+            if config.init.weights:
+                backbones.load_weights(encoder, config.init.weights)
+            if arm.kind == "pretrained":
+                training.check(config.train)
+                projector = Projector(encoder.width, *config.encoder.projector)
+                facts = objectives.Facts.of(dataset)
+                objectives.build(config.objective.name, config.objective.args, facts, encoder, projector)
+        except UserError as error:
+            raise UserError(f"methods.{arm.name}: {error}") from None
+
+
 def prepare(arm: Arm, seed: int, dataset: Dataset, folder: Path, device: str) -> Embeddings:
     """The arm's embeddings of all rows: pretrained, embedded and kept in `folder`, or read from there."""
     file = folder / "embeddings.npz"
     if file.is_file():
-        return Embeddings.read(file)
+        with _mendable(folder):
+            return Embeddings.read(file)
     if arm.kind == "histogram":
         embedded = describe(dataset, baselines.grey_features(dataset, arm.config.intensity))
     else:
@@ -129,13 +156,23 @@ def prepare(arm: Arm, seed: int, dataset: Dataset, folder: Path, device: str) ->
     return embedded
 
 
+@contextlib.contextmanager
+def _mendable(folder: Path) -> Iterator[None]:
+    """What is wrong with one run of a study never costs the study."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{folder}: {error}; delete that folder, and the same command makes it again") from None
+
+
 def encoder_of(arm: Arm, seed: int, dataset: Dataset, folder: Path) -> backbones.Encoder:
     """The encoder with which fine-tuning starts; pretraining happens here, and goes on where it was stopped."""
     if arm.kind == "pretrained":
-        if not (folder / "model.safetensors").is_file():
-            seen = shuffled(arm, seed, dataset)
-            fit(seen, arm.seeded(seed), folder, resume=folder.is_dir(), progress=console.Silent())
-        return backbones.load(folder)
+        with _mendable(folder):
+            if not (folder / "model.safetensors").is_file():
+                seen = shuffled(arm, seed, dataset)
+                fit(seen, arm.seeded(seed), folder, resume=folder.is_dir(), progress=console.Silent())
+            return backbones.load(folder)
     encoder = random_encoder(arm.config.encoder, arm.config.intensity, seed=seed)
     if arm.kind == "given":
         backbones.load_weights(encoder, arm.config.init.weights)
@@ -145,6 +182,8 @@ def encoder_of(arm: Arm, seed: int, dataset: Dataset, folder: Path) -> backbones
 def shuffled(arm: Arm, seed: int, dataset: Dataset) -> Dataset:
     """What pretraining sees: the data, or with metadata or leaves dealt out anew among the training rows."""
     rows = np.flatnonzero(dataset.split == TRAIN)
+    if not len(rows) and arm.kind == "pretrained":
+        raise UserError("no rows to train on: the split calls none of them train")
     generator = np.random.default_rng([seed, 0x73687566])
     if arm.shuffled == "tree":
         if dataset.taxonomy is None:

@@ -18,12 +18,14 @@ import numpy as np
 from jaxtyping import Bool
 
 from kladi import __version__
+from kladi import config as settings
 from kladi.data.dataset import TRAIN, Dataset
 from kladi.data.load import load
 from kladi.errors import RunStopped
 from kladi.evaluate.answers import Task
 from kladi.evaluate.embed import Embeddings
 from kladi.evaluate.measure import Keeper, Measured, Method, measure
+from kladi.evaluate.pretraining import seen_rows
 from kladi.evaluate.readouts.finetune import fine_tune
 from kladi.evaluate.readouts.published import COMPAT, Published, Regime, published
 from kladi.evaluate.readouts.regimes import Part
@@ -119,19 +121,51 @@ def context(path: Path, folder: Path) -> Context:
     """
     study = design.read(path)
     found = every.arms(study)
-    dataset, inspection = load(study.data, study.config)
+    columns = [question.column for question in study.questions if question.column]
+    dataset, inspection = load(study.data, settings.override(study.config, {"data.keep": columns}))
     pretrained = any(arm.kind == "pretrained" for arm in found)
     unseen: Bool[np.ndarray, " n"] = (dataset.split != TRAIN) if pretrained else np.ones(len(dataset), dtype=bool)
     for arm in found:
         every.shuffled(arm, 0, dataset)  # what cannot be shuffled is said before anything is trained
+    met, said = _met_before(found, dataset)
+    unseen &= ~met
     asked = {question.name: ask(question, dataset, unseen, study) for question in study.questions}
     warnings = [f.message for f in inspection.findings if f.severity == "warning"]
     warnings += [warning for one in asked.values() for warning in one.warnings]
-    warnings += _labels_beyond_the_fraction(study, found)
+    warnings += [*said, *_tasks_that_were_trained_on(study, found, dataset), *_labels_beyond_the_fraction(study, found)]
     if study.compat:
         warnings.append(f'compat = "{study.compat}": fine-tuning and probe are published recipes, not those of kladi')
     device = every.device_of(study.config)
     return Context(study, folder, dataset, data_digest(dataset), found, asked, tuple(warnings), device)
+
+
+def _met_before(found: tuple[Arm, ...], dataset: Dataset) -> tuple[Bool[np.ndarray, " n"], list[str]]:
+    """Rows of patients that foreign weights have seen, which no fold may hold; and what is known of each method."""
+    met = np.zeros(len(dataset), dtype=bool)
+    said: list[str] = []
+    for arm in found:
+        weights = Path(arm.config.init.weights)
+        if not arm.config.init.weights or arm.shuffled:
+            continue
+        seen = seen_rows(weights if weights.is_dir() else weights.parent, dataset)
+        if seen is None:
+            said.append(f"{arm.name}: which patients its weights have seen is unknown")
+        elif seen.any():
+            met |= seen
+            count = len(np.unique(dataset.group[seen]))
+            said.append(f"{arm.name}: {count:,} patients that its weights were trained on are in no fold of any method")
+    return met, said
+
+
+def _tasks_that_were_trained_on(study: Study, found: tuple[Arm, ...], dataset: Dataset) -> list[str]:
+    """A task that asks for what a pretraining was told is no transfer."""
+    told = () if dataset.label_sets is None else dataset.label_sets.attributes
+    methods = [arm.name for arm in found if arm.config.objective.name == "metadata" and not arm.shuffled]
+    return [
+        f"{question.name}: {question.column} was told to the pretraining of {', '.join(methods)}; that is no transfer"
+        for question in study.questions
+        if question.column in told and methods
+    ]
 
 
 def data_digest(dataset: Dataset) -> str:
@@ -268,7 +302,7 @@ def _trained(cell: Cell, context: Context) -> Measured:
     out = Measured()
     keep = Keeper(out, arm.name, asked.task, cell.seed)
     if answers is None:
-        keep.unable(cell.regime, (part,))
+        keep.unable(cell.regime, (part,), "its training diverged: no look at the validation rows was finite")
     else:
         keep.answers([(part, answers)], (time.perf_counter() - wall, time.process_time() - cpu))
     return out

@@ -9,12 +9,10 @@ Cells fan out over processes through joblib: loky here, or whatever backend the 
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ from kladi.evaluate.measure import Measured
 from kladi.evaluate.record import account, atlas, results
 from kladi.evaluate.splits import TEST, find_leaks, refuse_leaks
 from kladi.evaluate.splits import TRAIN as TRAINED
-from kladi.learn import lock, run_folder
+from kladi.learn import lock, run_folder, signals
 from kladi.study import arms as every
 from kladi.study import cells, design
 from kladi.study.arms import Arm
@@ -63,29 +61,41 @@ def compare(path: Path, out: Path, *, workers: int = 1, say: Say | None = None, 
     if workers < 1:
         raise UserError(f"--workers {workers}: takes 1 or more")
     out = out.absolute()
-    study = design.read(path)  # a mistake in the file leaves no folder behind
+    design.read(path)  # a mistake in the file leaves no folder behind
     run_folder.make(out)
-    with lock.held(out, force_unlock):
-        context = cells.context(path.absolute(), out)
-        _refuse_leaks(context)
-        for name, asked in context.asked.items():
-            asked.splits.write(out / "splits" / f"{name}.json")
-        encoders = _encoders(context)
-        missing = [pair for pair in encoders if not _is_prepared(context, *pair)]
-        lines, tasks = len(context.arms), len(context.asked)
-        say(f"study      {lines} methods and controls on {tasks} tasks; reference {study.reference}")
-        say(f"encoders   {len(encoders)}, of which {len(encoders) - len(missing)} are there")
-        fan = _Fan(context, path.absolute(), workers, say)
-        fan.out(_prepare, [(arm.name, seed) for arm, seed in missing], "encoder    {} seed {}")
-        every_cell = cells.cells(context)
-        todo = [cell for cell in every_cell if cells.done(cell, context) is None]
-        say(f"cells      {len(every_cell):,}, of which {len(every_cell) - len(todo):,} are there")
-        fan.out(cells.run, [(cell,) for cell in todo], "measure    {}")
-        say("compare    every method with its reference")
-        content = _assembled(context, started)
-        say("map        at most 2,000 images a method")
-        atlas.write_panels(_mapped(context), out, seed=context.study.seed)
-        return results.write(content, out)
+    try:
+        with lock.held(out, force_unlock):
+            return _measured(path.absolute(), out, workers, started, say)
+    except (KeyboardInterrupt, SystemExit):
+        say("stopped    what is finished is kept; the same command goes on")
+        raise
+    except OSError as error:
+        raise RunStopped(f"{out}: cannot be read or written ({error.strerror or error})") from error
+
+
+def _measured(path: Path, out: Path, workers: int, started: datetime, say: Say) -> Path:
+    """Everything between the lock and results.json."""
+    context = cells.context(path, out)
+    _refuse_leaks(context)
+    every.require_buildable(context.arms, context.dataset)
+    for name, asked in context.asked.items():
+        asked.splits.write(out / "splits" / f"{name}.json")
+    encoders = _encoders(context)
+    missing = [pair for pair in encoders if not _is_prepared(context, *pair)]
+    lines, tasks = len(context.arms), len(context.asked)
+    say(f"study      {lines} methods and controls on {tasks} tasks; reference {context.study.reference}")
+    say(f"encoders   {len(encoders)}, of which {len(encoders) - len(missing)} are there")
+    fan = _Fan(context, path, workers, say)
+    fan.out(_prepare, [(arm.name, seed) for arm, seed in missing], "encoder    {} seed {}")
+    every_cell = cells.cells(context)
+    todo = [cell for cell in every_cell if cells.done(cell, context) is None]
+    say(f"cells      {len(every_cell):,}, of which {len(every_cell) - len(todo):,} are there")
+    fan.out(cells.run, [(cell,) for cell in todo], "measure    {}")
+    say("compare    every method with its reference")
+    content = _assembled(context, started)
+    say("map        at most 2,000 images a method")
+    atlas.write_panels(_mapped(context), out, seed=context.study.seed)
+    return results.write(content, out)
 
 
 # --- what is run -----------------------------------------------------------------------------------------------------
@@ -130,42 +140,24 @@ class _Fan:
                 yield number
         elif orders:
             where = (self.path, self.context.folder, self.context.stamp)
-            parallel = joblib.Parallel(n_jobs=self.workers, return_as="generator_unordered", pre_dispatch=self.workers)
-            call = joblib.delayed(_in_worker)
-            yield from parallel(
-                call(work, n, order, where, self.workers, os.getpid()) for n, order in enumerate(orders)
+            engine = joblib.parallel.get_active_backend()[0]
+            # Workers of Ray or Dask are looked after by their engine; those of this machine must not outlive us.
+            local = type(engine).__name__ == "LokyBackend"
+            watched: dict[str, Any] = {"initializer": signals.end_with, "initargs": (os.getpid(),)} if local else {}
+            parallel = joblib.Parallel(
+                n_jobs=self.workers, return_as="generator_unordered", pre_dispatch=self.workers, **watched
             )
+            call = joblib.delayed(_in_worker)
+            yield from parallel(call(work, n, order, where, self.workers) for n, order in enumerate(orders))
 
 
 def _in_worker(
-    work: Callable[..., None],
-    number: int,
-    order: tuple[Any, ...],
-    where: tuple[Path, Path, str],
-    workers: int,
-    parent: int,
+    work: Callable[..., None], number: int, order: tuple[Any, ...], where: tuple[Path, Path, str], workers: int
 ) -> int:
-    """The work with its share of the cores, and not longer than the study lives."""
+    """The work with its share of the cores."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-    _die_with(parent)
     work(*order, cells.held(*where))
     return number
-
-
-@lru_cache(maxsize=1)
-def _die_with(parent: int) -> None:
-    """End this process soon after its parent was killed: it would go on holding the lock of a run.
-
-    Where the parent is another one (workers of Ray or Dask) its engine looks after it.
-    """
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
-
-    if os.getppid() == parent:
-        threading.Thread(target=watch, name="kladi-watch", daemon=True).start()
 
 
 def _left(seconds: float) -> str:
@@ -258,7 +250,7 @@ def _study(context: Context) -> dict[str, Any]:
             if arm.name != study.reference
         ],
         "margin": study.margin,
-        "pretrain": "held-out",
+        "pretrain": "held-out, leaks allowed" if study.config.data.allow_leak else "held-out",
         "regimes": list(study.regimes),
         "tasks": list(context.asked),
         "seeds": study.seeds,

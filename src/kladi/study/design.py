@@ -180,7 +180,7 @@ def from_tables(tables: Mapping[str, Any], folder: Path) -> Study:
     """The study of TOML's tables; paths are relative to `folder`."""
     parts = {key: _table(tables, key) for key in ("settings", "methods", "tasks", "finetune")}
     files = {key: _text(tables, key) for key in ("data", "taxonomy") if key in tables}
-    if "data" not in files:
+    if not files.get("data"):
         raise UserError("data is missing: the manifest or folder that the study reads")
     plain = {key: value for key, value in tables.items() if key not in parts and key not in files}
     known = [f.name for f in dataclasses.fields(Terms)]
@@ -239,6 +239,11 @@ def _require_sense(study: Study) -> None:
             raise UserError(f'control "{frozen_only[0]}" needs the regime "probe"{without}')
         if len(study.label_fractions) > 1:
             raise UserError(f'label_fractions needs the regime "probe"{without}')
+    classifiers = {"probe", "knn", "prototype"} & set(study.frozen)
+    if "shuffled_labels" in study.controls and not classifiers:
+        raise UserError('control "shuffled_labels" needs a regime that classifies: probe, knn or prototype')
+    if study.compat and study.finetune != Recipe():
+        raise UserError(f'[finetune] has no say under compat = "{study.compat}", whose recipe is fixed')
 
 
 def _method(name: str, table: Mapping[str, Any], folder: Path, config: settings.Config) -> Method:
@@ -271,6 +276,9 @@ def _question(name: str, table: Mapping[str, Any]) -> Question:
     for key in table:
         if key not in keys:
             raise UserError(f"tasks.{name}.{key} is no key of a task{suggestion(key, keys)}")
+    for key, value in table.items():
+        if not value:
+            raise UserError(f"tasks.{name}.{key} is empty; a task without any key asks for every label")
     if not table:
         return Question(name)
     if len(table) > 1:
@@ -314,7 +322,9 @@ def _dotted(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _path(key: str, value: Any, folder: Path) -> Any:
-    if key not in PATHS or not value:
+    if key == "objective.name" and isinstance(value, str) and value.rpartition(":")[0]:  # somebody's own loss
+        return str(folder / value)
+    if not value or not (key in PATHS or key.startswith("data.metadata_trees.")):
         return value
     if isinstance(value, Mapping):
         return {name: _path(key, inner, folder) for name, inner in value.items()}

@@ -15,6 +15,7 @@ from kladi.evaluate.answers import MOST_AUC_CLASSES, Task
 from kladi.evaluate.measure import parts_of
 from kladi.evaluate.readouts.regimes import Part
 from kladi.evaluate.splits import TRAIN, UNUSED, Splits, make_splits, scored_classes
+from kladi.structure.synonyms import UNKNOWN, normal
 from kladi.structure.taxonomy import Taxonomy
 from kladi.study.design import Question, Study
 
@@ -143,7 +144,8 @@ def _of_column(question: Question, dataset: Dataset) -> tuple[Taxonomy, Int[np.n
         raise UserError(
             f'task {question.name}: no column "{question.column}"' + suggestion(question.column, dataset.columns)
         )
-    values = dataset.columns[question.column]
+    # As metadata are read: case and blanks do not matter, and a cell that says "unknown" is no class.
+    values = ["" if (term := normal(cell)) in UNKNOWN else term for cell in dataset.columns[question.column]]
     flat = Taxonomy.from_edges([(value, None) for value in sorted({v for v in values if v})])
     place = {name: node for node, name in enumerate(flat.names)}
     return flat, np.array([place.get(value, -1) for value in values], dtype=np.int64)

@@ -17,7 +17,9 @@ ROLES: Mapping[str, tuple[str, ...]] = {
 }
 """Role -> the column names that stand for it; the first is the name we use when we speak of it."""
 IDENTIFYING = ("path", "patient_id", "split", "frame")
-"""Roles that can never be metadata: they name a file or a person, or say what a row is for."""
+"""Roles that name a file or a person, or say what a row is for."""
+NO_METADATA = (*IDENTIFYING, "label")
+"""Roles that can never be metadata; a label among them would be supervision that no table counts."""
 ATTRIBUTES = ("modality", "anatomy", "laterality", "view", "device")
 """What the tags of DICOM files give, as columns."""
 
@@ -81,7 +83,7 @@ def _metadata(
             both = ", ".join(quoted(column) for column in alike)
             raise UserError(f"{where}: columns {both} all mean metadata {quoted(asked)}; rename or remove all but one")
         if alike:
-            meant = next((r for r, column in role.items() if column == alike[0] and r in IDENTIFYING), None)
+            meant = next((r for r, column in role.items() if column == alike[0] and r in NO_METADATA), None)
             if meant:
                 raise UserError(f"--data.metadata {asked}: this column is the {meant} of each row, no metadata")
             chosen[asked] = alike[0]

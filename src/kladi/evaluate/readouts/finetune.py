@@ -111,7 +111,7 @@ def fine_tune(
         seed: of the order, the views and whatever is random inside the encoder.
 
     Returns:
-        None where the fold has fewer than two classes to train on, or no test row.
+        None where the fold has fewer than two classes to train on, or no test row, or where training diverged.
     """
     if cannot(part, task):
         return None
@@ -122,8 +122,10 @@ def fine_tune(
     with torch.random.fork_rng(devices=devices):
         for scale in recipe.scales:
             _train(copy.deepcopy(start), dataset, task, part, config, recipe, scale, classes, seed, best)
+    if best.state is None:
+        return None
     model = start
-    model.load_state_dict(best.state or model.state_dict())
+    model.load_state_dict(best.state)
     test = part.rows(TEST)
     scores = log_probabilities(model, dataset, test, config.intensity).numpy().astype(np.float64)
     pred = classes[scores.argmax(axis=1)]
@@ -252,6 +254,8 @@ def _keep(
     """Higher balanced accuracy wins; of equals, which few validation rows give often, the smaller loss."""
     log_p = log_probabilities(model, dataset, val, intensity)
     model.train()
+    if not bool(torch.isfinite(log_p).all()):
+        return
     true = task.target[val]
     score = said(lambda: metrics.balanced_accuracy(classes[log_p.argmax(dim=1).numpy()], true))[0]
     column = column_of(true, classes)

@@ -78,7 +78,7 @@ def published(
         seed: of the head and of the order.
 
     Returns:
-        None where the fold has fewer than two classes to train on, or no test row.
+        None where the fold has fewer than two classes to train on, or no test row, or where training diverged.
     """
     if cannot(part, task):
         return None
@@ -94,6 +94,8 @@ def published(
         _train(model, dataset, task, part, intensity, frozen, recipe, classes, seed)
     test = part.rows(TEST)
     scores = log_probabilities(model, dataset, test, intensity).numpy().astype(np.float64)[:, : len(classes)]
+    if not np.isfinite(scores).all():
+        return None
     pred = classes[scores.argmax(axis=1)]
     return Answers(method, regime, part.fold, part.repeat, test, pred, scores, classes)
 
