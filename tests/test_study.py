@@ -115,6 +115,7 @@ def changed(folder, *pairs, name="other.toml"):
         ),
         ('data = "manifest.csv"\n', "", r"data is missing"),
         ('data = "manifest.csv"\n', 'data = ""\n', r"data is missing"),
+        ('["modality", "anatomy"]', '["modality", "label"]', r'data.metadata names "label", the label'),
         ('below = "round"', 'below = ""', r"tasks.shape.below is empty"),
         ('regimes = ["probe"]', 'regimes = ["retrieval"]', r'"shuffled_labels" needs a regime that classifies'),
         ('objective.name = "simclr"', 'objective.name = "simcrl"', r'"simcrl" is not one of .*closest: "simclr"'),

@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kladi import config as settings
+from kladi.data.rows.columns import means
 from kladi.errors import UserError, suggestion
 from kladi.evaluate.measure import REGIMES as FROZEN
 from kladi.evaluate.readouts.finetune import Recipe
@@ -226,6 +227,9 @@ def _require_sense(study: Study) -> None:
     for name in study.controls_of:
         if name not in names:
             raise UserError(f'controls_of = "{name}" is no method' + suggestion(name, names))
+    for name in study.config.data.metadata:
+        if means(name, "label"):
+            raise UserError(f'data.metadata names "{name}", the label: its methods would be counted as reading none')
     if not study.regimes:
         raise UserError("regimes names nothing to measure by; probe is the usual one")
     if not study.finetune.scales:

@@ -17,9 +17,7 @@ ROLES: Mapping[str, tuple[str, ...]] = {
 }
 """Role -> the column names that stand for it; the first is the name we use when we speak of it."""
 IDENTIFYING = ("path", "patient_id", "split", "frame")
-"""Roles that name a file or a person, or say what a row is for."""
-NO_METADATA = (*IDENTIFYING, "label")
-"""Roles that can never be metadata; a label among them would be supervision that no table counts."""
+"""Roles that can never be metadata: they name a file or a person, or say what a row is for."""
 ATTRIBUTES = ("modality", "anatomy", "laterality", "view", "device")
 """What the tags of DICOM files give, as columns."""
 
@@ -83,7 +81,7 @@ def _metadata(
             both = ", ".join(quoted(column) for column in alike)
             raise UserError(f"{where}: columns {both} all mean metadata {quoted(asked)}; rename or remove all but one")
         if alike:
-            meant = next((r for r, column in role.items() if column == alike[0] and r in NO_METADATA), None)
+            meant = next((r for r, column in role.items() if column == alike[0] and r in IDENTIFYING), None)
             if meant:
                 raise UserError(f"--data.metadata {asked}: this column is the {meant} of each row, no metadata")
             chosen[asked] = alike[0]
@@ -94,6 +92,11 @@ def _metadata(
             options = [*others, *(ATTRIBUTES if dicom else ())]
             raise UserError(f"--data.metadata {asked} is no column of {where}{suggestion(asked, options)}")
     return chosen, tuple(absent)
+
+
+def means(name: str, role: str) -> bool:
+    """Whether a column of this name is taken for that role."""
+    return _folded(name) in {_folded(alias) for alias in ROLES[role]}
 
 
 def _folded(name: str) -> str:
