@@ -124,3 +124,27 @@ def test_tree_distance_of_neighbours():
     assert found["tree_distance_at_1"] == 0
     assert found["tree_distance_at_5"] == pytest.approx(sum(far) / 3 / 5)
     assert list(itertools.accumulate(far))[-1] == 7
+
+
+def test_the_ball_is_drawn_where_it_has_two_dimensions():
+    from kladi import toy
+    from kladi.data.dataset import TRAIN
+    from kladi.evaluate.embed import describe
+    from kladi.losses.geometry import PoincareBall, Sphere
+    from kladi.report.figures import all_figures
+
+    data = toy.dataset(n=60, size=16)
+    z = np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32)
+    z[0] = 1e6  # longer than the clip
+    shown = describe(data, z, z)
+    found = figures.ball(shown, PoincareBall(1.0, 2.3))
+    unseen = (data.split != TRAIN) & (data.target >= 0)
+    points = np.array(found["points"])
+    assert len(points) == len(found["top"]) == unseen.sum()
+    assert (np.linalg.norm(points, axis=1) < 1).all()
+    at = {node["node"]: node["at"] for node in found["nodes"]}
+    assert all(node["parent"] in at or not node["parent"] for node in found["nodes"])
+    assert "ball" in all_figures({"figures": {"ball": found}}, None)
+    assert figures.ball(shown, Sphere()) == {}
+    wide = np.zeros((60, 3), dtype=np.float32)
+    assert figures.ball(describe(data, wide, wide), PoincareBall()) == {}

@@ -126,7 +126,10 @@ def evaluate(
         comparisons=_comparisons(drawn, methods, plan, parts),
         monitors=[{"method": encoder.name, **entry} for entry in encoder.about.monitors],
         diagnostics=[d.to_dict() for d in diagnostics.before_training(dataset, encoder.intensity, _grey(methods))],
-        figures=_figures(measured, methods, plan, parts, drawn, encoder, cost),
+        figures={
+            **_figures(measured, methods, plan, parts, drawn, encoder, cost),
+            "ball": figures.ball(own, encoder.about.space),
+        },
     )
     return results.write(content, out)
 

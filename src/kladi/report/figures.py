@@ -28,6 +28,7 @@ def all_figures(results: Results, atlas: Mapping[str, Any] | None) -> dict[str, 
         "levels": _levels(extra.get("levels") or {}),
         "calibration": _levels(extra.get("calibration") or {}, "calibration error"),
         "tree": _tree(extra.get("tree") or []),
+        "ball": _ball(extra.get("ball") or {}),
         "violations": _levels(extra.get("violations") or {}, "share of samples nearer to a wrong node"),
         "severity": _severity(extra.get("severity") or {}),
         "confusion": _confusion(extra.get("confusion") or {}),
@@ -195,6 +196,56 @@ def _tree(nodes: Sequence[Mapping[str, Any]]) -> Figure | None:
         "sort": False,
     }
     return figure_of([trace], "", "", height=460)
+
+
+def _ball(ball: Mapping[str, Any]) -> Figure | None:
+    """The Poincaré disc: images by their top node, prototypes as diamonds, lines from each to its parent's."""
+    if not ball:
+        return None
+    at = {str(n["node"]): n["at"] for n in ball["nodes"]}
+    x: list[Any] = []
+    y: list[Any] = []
+    for node in ball["nodes"]:
+        (x0, y0), (x1, y1) = at.get(str(node["parent"]), (0.0, 0.0)), node["at"]
+        x += [x0, x1, None]
+        y += [y0, y1, None]
+    edges = {
+        "type": "scatter",
+        "mode": "lines",
+        "name": "tree",
+        "x": x,
+        "y": y,
+        "line": {"color": "#444444", "width": 1},
+    }
+    tops = list(dict.fromkeys(ball["top"]))
+    images = [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": plain(top),
+            "x": [p[0] for p, t in zip(ball["points"], ball["top"], strict=True) if t == top],
+            "y": [p[1] for p, t in zip(ball["points"], ball["top"], strict=True) if t == top],
+            "marker": {"color": COLOURS[i % len(COLOURS)], "size": 5, "opacity": 0.6},
+        }
+        for i, top in enumerate(tops)
+    ]
+    prototypes = {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "prototypes",
+        "x": [n["at"][0] for n in ball["nodes"]],
+        "y": [n["at"][1] for n in ball["nodes"]],
+        "text": [plain(str(n["node"])) for n in ball["nodes"]],
+        "hoverinfo": "text",
+        "marker": {"color": "#1f2933", "size": 9, "symbol": "diamond"},
+    }
+    rim = {"type": "circle", "x0": -1, "y0": -1, "x1": 1, "y1": 1, "line": {"color": "#1f2933", "width": 1}}
+    figure = figure_of([*images, edges, prototypes], "", "", height=620, shapes=[rim])
+    if figure is not None:
+        bare = {"range": [-1.05, 1.05], "showticklabels": False, "showgrid": False, "zeroline": False}
+        figure["layout"]["xaxis"] = {**bare, "constrain": "domain"}
+        figure["layout"]["yaxis"] = {**bare, "scaleanchor": "x"}
+    return figure
 
 
 def _severity(severity: Mapping[str, Any]) -> Figure | None:

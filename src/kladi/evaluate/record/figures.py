@@ -8,14 +8,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Int
 
+from kladi.data.dataset import TRAIN
 from kladi.evaluate import metrics
 from kladi.evaluate.answers import Answers, Task
+from kladi.evaluate.embed import Embeddings
 from kladi.evaluate.record.results import Row
+from kladi.losses import geometry as spaces
 from kladi.structure.taxonomy import Taxonomy
 
 REGIME = "probe"
+MOST_IN_BALL = 2000
 
 
 def tree_order(taxonomy: Taxonomy) -> Int[np.ndarray, " N"]:
@@ -98,6 +103,38 @@ def tree(answers: Sequence[Answers], task: Task, method: str) -> list[dict[str, 
                 }
             )
     return found
+
+
+def ball(embeddings: Embeddings, space: spaces.Geometry) -> dict[str, Any]:
+    """The ball itself, scaled to radius one, where the head has two dimensions: images, and the tree of prototypes.
+
+    Images that were not trained on, 2,000 at most; prototypes are their means, in the geometry. Empty otherwise.
+    """
+    tax, z = embeddings.taxonomy, embeddings.z
+    if not isinstance(space, spaces.PoincareBall) or z is None or z.shape[1] != 2 or tax is None or not tax.is_tree:
+        return {}
+    rows = np.flatnonzero((embeddings.split != TRAIN) & (embeddings.target >= 0))
+    rows = rows[np.argsort(embeddings.row_id[rows])][:MOST_IN_BALL]
+    if not len(rows):
+        return {}
+    target = embeddings.target[rows]
+    nodes, seen = metrics.node_prototypes(z[rows], target, tax, space.name, space.curvature, space.clip)
+    radius = space.curvature**0.5
+    points = space.embed(torch.from_numpy(z[rows]).double()).numpy() * radius
+    tops = [tax.names[int(tax.ancestor_table[node, 0])] for node in target]
+    return {
+        "points": points.round(4).tolist(),
+        "top": tops,
+        "nodes": [
+            {
+                "node": tax.names[v],
+                "parent": tax.names[tax.parents[v][0]] if tax.parents[v] else "",
+                "at": (np.asarray(nodes[v], dtype=np.float64) * radius).round(4).tolist(),
+            }
+            for v in tree_order(tax)
+            if seen[v]
+        ],
+    }
 
 
 def parents(answers: Sequence[Answers], task: Task, methods: Sequence[str]) -> list[dict[str, Any]]:
