@@ -343,9 +343,9 @@ def test_workers_are_one_or_more(ward):
 def test_killed_at_any_time_it_goes_on_to_the_same_results(ward, finished, tmp_path):
     command = [sys.executable, "-m", "kladi", "compare", str(ward / "study.toml"), "--out", str(tmp_path / "S")]
     rng, kills, alone = np.random.default_rng(0), 0, {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    for _ in range(40):
+    for turn in range(40):
         process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=alone)
-        time.sleep(float(rng.uniform(3, 14)))
+        time.sleep(float(rng.uniform(1, 3)) + turn / 2)  # early at first, and late enough in the end on any machine
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             kills += 1
