@@ -249,3 +249,10 @@ def test_a_browser_draws_a_study(browser, tmp_path, prefix):
     assert tab.evaluate("window.pwned") is None
     assert tab.locator(".panels .main-svg").count() >= 3
     tab.close()
+
+
+def test_the_page_and_the_measurements_agree_which_way_is_better():
+    """The page imports nothing of the measuring side, so the list stands twice."""
+    from kladi.evaluate.answers import LOWER_IS_BETTER
+
+    assert tables.LOWER_IS_BETTER == LOWER_IS_BETTER
