@@ -2,18 +2,24 @@
 
     python bench/mosaic.py metadata MANIFEST TAXONOMY --out OUT --weights lite0.safetensors [--workers 2]
     python bench/mosaic.py label_tree MANIFEST TAXONOMY --out OUT [--workers 2]
+    python bench/mosaic.py label_tree_shift MANIFEST TAXONOMY --out OUT [--workers 2]
+    python bench/mosaic.py label_tree_sweeps MANIFEST TAXONOMY --out OUT [--workers 2]
 
 Writes OUT/study.toml and runs `kladi compare` on it: pretraining reads the manifest's training patients, all folds lie
-among the others. A study that was killed goes on with the same command.
+among the others. A study that was killed goes on with the same command. A study with a line `# HELD a b` pretrains on
+no image of the sources a and b: OUT/manifest.csv calls them test.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import polars as pl
 
 from kladi.evaluate.record import results
 from kladi.report import page
@@ -33,6 +39,9 @@ def main() -> int:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     text = (STUDIES / f"{options.study}.toml").read_text(encoding="utf-8")
+    held = re.search(r"^# HELD (.+)$", text, re.MULTILINE)
+    if held:
+        options.manifest = held_out(options.manifest, held[1].split(), options.out)
     for name in ("manifest", "taxonomy", "weights"):
         text = text.replace(f'"{name.upper()}"', f'"{getattr(options, name).absolute()}"')
     study = options.out / "study.toml"
@@ -41,6 +50,15 @@ def main() -> int:
     page.write(options.out)
     print(markdown(results.read(options.out)))
     return 0
+
+
+def held_out(manifest: Path, sources: list[str], out: Path) -> Path:
+    """The manifest with some sources in no pretraining."""
+    table = pl.read_csv(manifest, infer_schema_length=0)
+    split = pl.when(pl.col("source").is_in(sources)).then(pl.lit("test")).otherwise(pl.col("split"))
+    path = pl.concat_str(pl.lit(f"{manifest.absolute().parent}/"), pl.col("path"))
+    table.with_columns(path=path, split=split).write_csv(out / "manifest.csv")
+    return out / "manifest.csv"
 
 
 def markdown(content: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ CASES = {
     "metadata": {"instance": 0.4},
     "himulcon": {},
     "label_tree": {"views": 0.2},
-    "label_tree poincare": {"geometry": "poincare"},
+    "label_tree poincare": {"geometry": "poincare", "learn_curvature": True},
 }
 
 

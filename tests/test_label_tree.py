@@ -677,7 +677,7 @@ def test_ten_thousand_updates_stay_on_the_manifold(geometry, without_type_checks
     loss, paths = LevelAwareMarginLoss(tax, 3, geometry=geometry), torch.arange(4)[:, None]
     generator = torch.Generator().manual_seed(0)
     for z in 20 * torch.randn(10_000, 4, 3, generator=generator):
-        loss._follow(loss.space.embed(z), paths, loss.prototypes)
+        loss._follow(loss.space.embed(z), paths, loss.prototypes, loss.space)
     norm = loss.prototypes.norm(dim=1)
     if geometry == "sphere":
         assert torch.allclose(norm, torch.ones_like(norm), atol=1e-6)

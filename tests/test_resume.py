@@ -92,6 +92,7 @@ def test_workers_may_change(data, whole, tmp_path, first, then):  # R2
         {"train__optimizer": "sgd", "train__lr": 0.01},
         {"objective__name": "metadata", "objective__args": {"instance": 0.5}},
         {"objective__name": "simclr", "train__precision": "bf16-mixed"},
+        {"objective__args": {"geometry": "poincare", "learn_curvature": True}},
         {
             "objective__args": {"geometry": "poincare", "views": 0.5},
             "encoder__name": "test_vit",

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kladi import config as settings
 from kladi import toy
@@ -22,6 +24,7 @@ from kladi.data.load import load
 from kladi.errors import RunStopped, UserError
 from kladi.evaluate.answers import Task
 from kladi.evaluate.measure import Measured, Method, measure
+from kladi.evaluate.readouts.regimes import Part
 from kladi.evaluate.record import results
 from kladi.evaluate.splits import TEST, TRAIN, UNUSED, VAL
 from kladi.learn import console, lock
@@ -487,6 +490,56 @@ def test_a_task_is_classes_or_a_subtree_or_a_column():
 
     column = questions.ask(design.Question("d", column="modality"), data, everyone, study).task
     assert [column.taxonomy.names[t] for t in column.target] == list(data.columns["modality"])
+
+
+@pytest.mark.parametrize("crossed", [False, True])
+@given(st.integers(0, 2**31), st.integers(2, 4), st.integers(3, 5))
+def test_a_shift_tests_a_place_by_what_was_trained_elsewhere(crossed, seed, places, folds):
+    rng = np.random.default_rng(seed)
+    n, patients = 80, 20
+    group = rng.integers(0, patients, n)
+    place = rng.integers(0, places, n) if crossed else (group % places)
+    place = np.where(rng.random(n) < 0.1, -1, place)
+    place[:places], group[:places] = np.arange(places), np.arange(places)
+    fold = rng.permutation(patients) % folds
+    of_fold = [
+        np.where(fold[group] == k, TEST, np.where(fold[group] == (k + 1) % folds, VAL, TRAIN)) for k in range(folds)
+    ]
+    unused = rng.random(n) < 0.1
+    given_parts = tuple(
+        Part(k, r, np.where(unused, UNUSED, of)) for r in range(2) for k, of in enumerate(np.roll(of_fold, r, axis=0))
+    )
+    parts = questions.shifted(given_parts, place, group)
+    assert [(part.repeat, part.fold) for part in parts] == [(r, v) for r in range(2) for v in range(places)]
+    for part in parts:
+        test, others = part.rows(TEST), np.concatenate([part.rows(TRAIN), part.rows(VAL)])
+        assert (place[test] == part.fold).all()
+        assert (place[others] != part.fold).all()
+        assert (place[others] >= 0).all()
+        assert not set(group[test]) & set(group[others])
+        assert not set(group[part.rows(TRAIN)]) & set(group[part.rows(VAL)])
+        assert not unused[np.concatenate([test, others])].any()
+    if not crossed:  # every patient in one place: all of them are tested, once a repeat
+        tested = sum((part.of == TEST).astype(int) for part in parts if part.repeat == 0)
+        assert (tested == ((place >= 0) & ~unused)).all()
+
+
+def test_a_study_measures_a_shift(ward, tmp_path):
+    file = changed(ward, ('below = "round"', 'below = "round"\nshift = "Modality"'), name="shift.toml")
+    with pytest.raises(UserError, match=r'no column "Modality"; closest: "modality"'):
+        compare(file, tmp_path / "S")
+    file = changed(ward, ('below = "round"', 'below = "round"\nshift = "modality"'), name="shift.toml")
+    compare(file, tmp_path / "S")
+    found = results.read(tmp_path / "S")
+    places = len(set(cells.context(file, tmp_path / "S").dataset.columns["modality"]))
+    assert {row["fold"] for row in found["rows"]} == set(range(places))
+    assert all(row["value"] is not None for row in found["rows"] if row["metric"] == "balanced_accuracy")
+    one = changed(ward, ('below = "round"', 'below = "round/disc"\nshift = "site"'), name="shift.toml")
+    text = (ward / "manifest.csv").read_text().splitlines()
+    (ward / "one.csv").write_text("\n".join([f"{text[0]},site", *(f"{line},here" for line in text[1:])]) + "\n")
+    one.write_text(one.read_text().replace("manifest.csv", "one.csv"))
+    with pytest.raises(UserError, match=r'shift = "site" has 1 value here; it takes two'):
+        compare(one, tmp_path / "T")
 
 
 def test_only_rows_that_pretraining_has_not_seen_are_asked():

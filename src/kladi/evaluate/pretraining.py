@@ -66,13 +66,12 @@ def of_run(run: Path, dataset: Dataset) -> Pretraining:
     objective = described.get("objective") or {}
     name, args = str(objective.get("name", "")), dict(objective.get("args") or {})
     lines = journal.read(run / "metrics.jsonl")
-    geometry = str(args.get("geometry", "sphere"))
     epochs = described.get("epochs")
     return Pretraining(
         objective=name,
         supervised=name not in WITHOUT_LABELS,
         reads_metadata=name != "simclr",
-        space=spaces.named(geometry, float(args.get("curvature", 0.1)), float(args.get("clip", 2.3))),
+        space=_space(args),
         seen=seen_rows(run, dataset),
         epochs=round(epochs) if isinstance(epochs, int | float) else None,
         images_seen=sum(int(line["images"]) for line in lines if isinstance(line.get("images"), int)) or None,
@@ -80,6 +79,16 @@ def of_run(run: Path, dataset: Dataset) -> Pretraining:
         curves=tuple(_curves(lines)),
         monitors=tuple(_monitors(lines)),
     )
+
+
+def space_of(run: Path) -> spaces.Geometry:
+    """Where a finished run's embeddings live; a curvature that was learned is the one that training ended with."""
+    return _space((backbones.read_description(run)["kladi"].get("objective") or {}).get("args") or {})
+
+
+def _space(args: Mapping[str, Any]) -> spaces.Geometry:
+    geometry = str(args.get("geometry", "sphere"))
+    return spaces.named(geometry, float(args.get("curvature", 0.1)), float(args.get("clip", 2.3)))
 
 
 def seen_rows(run: Path, dataset: Dataset) -> Bool[np.ndarray, " n"] | None:

@@ -247,7 +247,8 @@ def _look(t: Training, rows: Int[np.ndarray, " m"]) -> dict[str, Any]:
     t.low = t.low + 1 if t.spread.collapsed else 0
     epoch = -(-t.step // t.loader.steps)
     alarm = t.low >= monitors.IN_A_ROW
-    return {"step": t.step, "epoch": epoch, "std": t.spread.std, "rank": t.spread.rank, "alarm": alarm}
+    found = {"std": t.spread.std, "rank": t.spread.rank, **t.objective.learned()}
+    return {"step": t.step, "epoch": epoch, **found, "alarm": alarm}
 
 
 def _due(t: Training, since: float) -> bool:

@@ -114,6 +114,7 @@ class Log:
         if t.spread is not None:
             alarm = "collapsed" if t.low >= monitors.IN_A_ROW else "no alarm"
             state = f"effective rank {t.spread.rank:.0f} of {t.config.encoder.projector[1]}, {alarm}"
+        state += "".join(f"; {name} {value:.3g}, learned" for name, value in t.objective.learned().items())
         what, why = ("done", "") if t.last == t.steps else ("stopped", " by --train.max_steps")
         self.say(what, f"step {t.step:,}{why}, {spelt(seconds)}; {state}")
 

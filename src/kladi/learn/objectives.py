@@ -31,6 +31,7 @@ from kladi.losses import (
     NTXentLoss,
     SupConLoss,
 )
+from kladi.losses.geometry import LearnedCurvature
 from kladi.structure.labelset import TABLE_CLASSES, LabelSets
 from kladi.structure.taxonomy import Taxonomy
 
@@ -91,6 +92,11 @@ class Supervised(nn.Module):
     def total(self, terms: Mapping[str, Tensor]) -> Float[Tensor, ""]:
         """The scalar to minimise."""
         return sum((self.weights[name] * term for name, term in terms.items()), start=next(iter(terms.values())) * 0)
+
+    def learned(self) -> dict[str, float]:
+        """Arguments that training has changed, as they are now: a learned curvature."""
+        found = next((module for module in self.modules() if isinstance(module, LearnedCurvature)), None)
+        return {} if found is None else {"curvature": found().number}
 
     def _term(self, loss: nn.Module, z: Float[Tensor, "V B D"], batch: Batch, target: str) -> tuple[Tensor, float]:
         if not target:
@@ -229,6 +235,7 @@ def label_tree(
     positives: str = "leaf",
     geometry: str = "sphere",
     curvature: float = 0.1,
+    learn_curvature: bool = False,
     clip: float = 2.3,
     margin: float = 0.3,
     decay: float = 0.7,
@@ -246,12 +253,14 @@ def label_tree(
         alpha, beta, mode, positives: of `HierarchyWeightedContrastiveLoss`.
         margin, decay, pull, momentum, level_weights: of `LevelAwareMarginLoss`.
         geometry, curvature, clip: of both.
+        learn_curvature: `curvature` is where it begins, and one parameter of both.
         hwc, lam: weights of the two; 0 leaves one out.
         views: weight of an NT-Xent term over all rows, which unlabelled rows feed; 0 leaves it out.
     """
     tax = _require_labels(facts, "label_tree")
     tau = temperature if temperature is not None else (0.2 if geometry == "poincare" else 0.1)
-    space: dict[str, Any] = {"geometry": geometry, "curvature": curvature, "clip": clip}
+    bend = LearnedCurvature(curvature, clip) if learn_curvature else curvature
+    space: dict[str, Any] = {"geometry": geometry, "curvature": bend, "clip": clip}
     terms = {}
     if hwc:
         loss = HierarchyWeightedContrastiveLoss(

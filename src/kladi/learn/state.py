@@ -27,7 +27,14 @@ def encoder_tensors(objective: nn.Module) -> dict[str, Tensor]:
 
 def head_tensors(objective: nn.Module) -> dict[str, Tensor]:
     """Everything else that was learnt: projector, and prototypes and whatever else a loss keeps."""
-    return {name: tensor for name, tensor in objective.state_dict().items() if not name.startswith(ENCODER)}
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in objective.state_dict().items():
+        if not name.startswith(ENCODER):
+            # What two losses share stands under both names; the file format wants each tensor's own memory.
+            found[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+            seen.add(tensor.data_ptr())
+    return found
 
 
 def capture(objective: nn.Module, optimizer: Optimizer, facts: Mapping[str, Any]) -> Snapshot:
@@ -60,10 +67,10 @@ def restore(objective: nn.Module, optimizer: Optimizer, folder: Path) -> dict[st
     head = {name.removeprefix(OBJECTIVE): snapshot.train[name] for name in train}
     objective.load_state_dict({**{f"{ENCODER}{name}": t for name, t in snapshot.model.items()}, **head})
     optimizer.state.clear()
-    for name, parameter, key, promise in moments:
+    for name, parameter, key, _ in moments:
         tensor = snapshot.train[name]
         # The step count stays on the CPU, where the optimiser keeps it.
-        optimizer.state[parameter][key] = tensor.to(parameter.device) if promise.shape else tensor
+        optimizer.state[parameter][key] = tensor if key == "step" else tensor.to(parameter.device)
     return dict(snapshot.state)
 
 

@@ -211,7 +211,7 @@ def export(t: Training, run: Path) -> None:
     facts = {
         "objective": {
             "name": objectives.resolved(objective.name, objectives.Facts.of(t.dataset)),
-            "args": objective.args,
+            "args": {**objective.args, **t.objective.learned()},
             "weights": t.objective.weights,
         },
         "taxonomy_digest": None if t.dataset.taxonomy is None else t.dataset.taxonomy.digest,

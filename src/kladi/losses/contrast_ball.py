@@ -78,8 +78,9 @@ def contrast_in_ball(
     order = by_class(classes, views)
     x, of_row = points.index_select(0, order), classes[order]
     share = torch.where(anchor, 1 / mass, 0) / anchors  # of a row of each class in the mean
-    pairs = _BallPairs(x.detach(), of_row, tables, share, ball.curvature, views=views, tile=tile)
-    logsumexp, pulled = _Sums.apply(x, pairs)
+    curvature = torch.as_tensor(ball.curvature, dtype=x.dtype, device=x.device)
+    pairs = _BallPairs(x.detach(), of_row, tables, share, float(curvature.detach()), views=views, tile=tile)
+    logsumexp, pulled = _Sums.apply(x, curvature, pairs)
     loss = pulled
     if tables.bias is not None:
         finite = tables.bias.masked_fill(tables.bias == -math.inf, 0)
@@ -309,20 +310,29 @@ class _Sums(torch.autograd.Function):
 
     @staticmethod
     @override
-    def forward(ctx: Any, x: Tensor, pairs: _BallPairs) -> tuple[Tensor, Tensor]:  # pyrefly: ignore[bad-override]
-        found = _sums(pairs, raised=True, keep=pairs.kept and ctx.needs_input_grad[0])
+    def forward(  # pyrefly: ignore[bad-override]
+        ctx: Any, x: Tensor, curvature: Tensor, pairs: _BallPairs
+    ) -> tuple[Tensor, Tensor]:
+        # What is kept has no distances, and a learned curvature asks for them.
+        keep = pairs.kept and ctx.needs_input_grad[0] and not curvature.requires_grad
+        found = _sums(pairs, raised=True, keep=keep)
         ctx.pairs, ctx.raised = pairs, bool(found)
         total, pulled, *kept = found or _sums(pairs, raised=False)
-        ctx.save_for_backward(x, total, *kept)
+        ctx.save_for_backward(x, total, pulled, *kept)
         return total - pairs.rise, pulled
 
     @staticmethod
     @once_differentiable
     @override
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:  # pyrefly: ignore[bad-override]
-        """H_ik = dL/dt_ik / sinh t_ik, and from there two products a tile as on the sphere."""
-        x, total, *kept = ctx.saved_tensors
-        by_sum, pull = gradients[0], float(gradients[1])
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor | None, None]:  # pyrefly: ignore[bad-override]
+        """H_ik = dL/dt_ik / sinh t_ik, and from there two products a tile as on the sphere.
+
+        d(x, y) is sqrt(c) d in the ball of curvature -1, of sqrt(c) x and sqrt(c) y, over sqrt(c). Hence, points held,
+        2c dL/dc = sum_i x_i . dL/dx_i - sum over pairs of t dL/dt.
+        """
+        x, total, pulled, *kept = ctx.saved_tensors
+        by_sum, pull, learned = gradients[0], float(gradients[1]), ctx.needs_input_grad[1]
+        turned = pull * pulled  # the sum over pairs of t dL/dt
         pairs: _BallPairs = ctx.pairs
         lift, V, first = pairs.lift, torch.zeros_like(x), torch.zeros_like(x[:, 0])
         alone = total == -math.inf  # a row without a pair: nothing to push, and exp(inf) must not be met
@@ -332,19 +342,26 @@ class _Sums(torch.autograd.Function):
             for step, tile in enumerate(pairs.all_tiles()):
                 i, j = tile.i, tile.j
                 t, sinh = kept[2 * step : 2 * step + 2] if kept else pairs.angles(i, j, one, two, apart=True)
+                held = torch.where(sinh < FAR / 2, t, 0) if learned else None
                 if ctx.raised:
                     push = pairs.weigh(each, tile, three).mul_(t if kept else pairs.exponentials(t, tile.stripes))
                 else:
                     push = _shares(pairs.raise_logits(t, tile.stripes), by_sum, total, i, j, pairs, three)
                     for s in tile.stripes:
                         push[s.part].mul_(pairs.number if s.scale is None else s.scale)
+                if held is not None:
+                    pairs.erase(push, i, j, 0.0)
+                    turning = held.mul_(push).sum(0)
+                    turned = turned + turning.sum() - 0.5 * turning[: tile.square].sum()
                 H, beyond = pairs.slopes(push, sinh, pull, tile), slice(j.start + tile.square, j.stop)
                 V[i].addmm_(H, lift.y[j])
                 V[beyond].addmm_(H[:, tile.square :].T, lift.y[i])
                 first[i].addmv_(H, lift.first[j])
                 first[beyond].addmv_(H[:, tile.square :].T, lift.first[i])
             half = math.sqrt(0.5)  # sinh came without its sqrt(2)
-            return lift.lower(x, half * V, half * first, pairs.curvature), None
+            of_x = lift.lower(x, half * V, half * first, pairs.curvature)
+            of_curvature = ((x * of_x).sum() - turned) / (2 * pairs.curvature) if learned else None
+            return of_x, of_curvature, None
 
 
 def _sums(pairs: _BallPairs, raised: bool, keep: bool = False) -> list[Tensor]:

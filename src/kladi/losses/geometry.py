@@ -19,12 +19,15 @@ from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import override
 
 NULL_NORM = 1e-12
 """A row shorter than this has no direction: it stays (almost) at the origin and gets no gradient."""
 NULL_MEAN = 1e-6
 """Points on the sphere whose plain mean is shorter than this have no middle."""
+REACH = 3.0
+"""sqrt(curvature) * clip may be at most this: points beyond sit so near the rim that float32 cannot part them."""
 _BALL_MARGIN = {torch.float32: 4e-3, torch.float64: 1e-5}
 """How far inside the rim the projection puts a point, as a share of the radius: rounding spoils what is nearer."""
 
@@ -118,7 +121,7 @@ class Sphere:
 # --- Poincaré ball -------------------------------------------------------------------------------------------------
 
 
-def clip_norm(z: Float[Tensor, "*n D"], clip: float) -> Float[Tensor, "*n D"]:
+def clip_norm(z: Float[Tensor, "*n D"], clip: float | Tensor) -> Float[Tensor, "*n D"]:
     """`z min(1, clip / ||z||)`: rows longer than `clip` are cut to it, and get no gradient along themselves."""
     return z * (clip / _length(z)).clamp_max(1)
 
@@ -128,29 +131,29 @@ def _length(z: Float[Tensor, "*n D"]) -> Float[Tensor, "*n 1"]:
     return _squared_norm(z).clamp_min(1e-36).sqrt()
 
 
-def expmap0(v: Float[Tensor, "*n D"], curvature: float) -> Float[Tensor, "*n D"]:
+def expmap0(v: Float[Tensor, "*n D"], curvature: float | Tensor) -> Float[Tensor, "*n D"]:
     """`tanh(sqrt(c) ||v||) v / (sqrt(c) ||v||)`: the point reached from the origin along `v`; 0 at v = 0."""
-    length = math.sqrt(curvature) * _length(v)
+    length = curvature**0.5 * _length(v)
     return v * (torch.tanh(length) / length)
 
 
-def project(x: Float[Tensor, "*n D"], curvature: float) -> Float[Tensor, "*n D"]:
+def project(x: Float[Tensor, "*n D"], curvature: float | Tensor) -> Float[Tensor, "*n D"]:
     """Pull points at or beyond the rim just inside it (a share of 4e-3 of the radius in float32, 1e-5 in float64)."""
-    return clip_norm(x, (1 - _BALL_MARGIN.get(x.dtype, 4e-3)) / math.sqrt(curvature))
+    return clip_norm(x, (1 - _BALL_MARGIN.get(x.dtype, 4e-3)) / curvature**0.5)
 
 
-def mobius_add(x: Float[Tensor, "*n D"], y: Float[Tensor, "*n D"], curvature: float) -> Float[Tensor, "*n D"]:
+def mobius_add(x: Float[Tensor, "*n D"], y: Float[Tensor, "*n D"], curvature: float | Tensor) -> Float[Tensor, "*n D"]:
     """`x (+) y`, the translation of y by x."""
     c, xy, xx, yy = curvature, (x * y).sum(-1, keepdim=True), _squared_norm(x), _squared_norm(y)
     return ((1 + 2 * c * xy + c * yy) * x + (1 - c * xx) * y) / (1 + 2 * c * xy + c * c * xx * yy)
 
 
 def geodesic_step(
-    x: Float[Tensor, "*n D"], y: Float[Tensor, "*n D"], t: Float[Tensor, "*n 1"], curvature: float
+    x: Float[Tensor, "*n D"], y: Float[Tensor, "*n D"], t: Float[Tensor, "*n 1"], curvature: float | Tensor
 ) -> Float[Tensor, "*n D"]:
     """`x (+) (t (x) (-x (+) y))`: the point a share `t` of the way from x to y along the geodesic."""
     way = mobius_add(-x, y, curvature)
-    length = (math.sqrt(curvature) * _length(way)).clamp_max(1 - torch.finfo(x.dtype).eps)
+    length = (curvature**0.5 * _length(way)).clamp_max(1 - torch.finfo(x.dtype).eps)
     return project(mobius_add(x, torch.tanh(t * torch.atanh(length)) * way / length, curvature), curvature)
 
 
@@ -159,25 +162,30 @@ class PoincareBall:
     """The ball of sectional curvature `-curvature`; embeddings are tangent vectors at its centre, cut at `clip`.
 
     Raises ValueError unless curvature > 0, clip > 0 and sqrt(curvature) clip <= 3: beyond that, points sit so near the
-    rim that float32 cannot tell them apart.
+    rim that float32 cannot tell them apart. A curvature that is a tensor (see `LearnedCurvature`) gets gradients.
     """
 
-    curvature: float = 0.1
+    curvature: float | Tensor = 0.1
     clip: float = 2.3
     name: ClassVar[str] = "poincare"
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.curvature) and self.curvature > 0):
-            raise ValueError(f"curvature must be positive, not {self.curvature}; 0.1 is the default")
+        curvature = self.number
+        if not (math.isfinite(curvature) and curvature > 0):
+            raise ValueError(f"curvature must be positive, not {curvature}; 0.1 is the default")
         if not self.clip > 0:
             raise ValueError(f"clip must be positive, not {self.clip}; 2.3 is the default")
-        reach = math.sqrt(self.curvature) * self.clip
-        if reach > 3 + 1e-9:
-            most = 3 / math.sqrt(self.curvature)
+        reach = curvature**0.5 * self.clip
+        if reach > REACH * (1 + 1e-6):
             raise ValueError(
-                f"sqrt(curvature) * clip is {reach:.3g}, and must not exceed 3; with curvature {self.curvature}, "
-                f"clip may be at most {most:.3g}"
+                f"sqrt(curvature) * clip is {reach:.3g}, and must not exceed {REACH:g}; with curvature {curvature:g}, "
+                f"clip may be at most {REACH / curvature**0.5:.3g}"
             )
+
+    @property
+    def number(self) -> float:
+        """The curvature without its gradient."""
+        return self.curvature.item() if isinstance(self.curvature, Tensor) else self.curvature
 
     @property
     def diameter(self) -> float:
@@ -208,7 +216,7 @@ class PoincareBall:
 
     def from_chord(self, u: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
         """`(2 / sqrt(c)) asinh(sqrt(c) u)` of `u = ||x - y|| gamma(x) gamma(y)`."""
-        root = math.sqrt(self.curvature)
+        root = self.curvature**0.5
         return (2 / root) * torch.asinh(root * u)
 
     def moments(self, x: Float[Tensor, "n D"]) -> tuple[Float[Tensor, "n D"], Float[Tensor, " n"]]:
@@ -232,6 +240,31 @@ class PoincareBall:
         return geodesic_step(start, end, t, self.curvature)
 
 
+class LearnedCurvature(nn.Module):
+    """A curvature that training chooses: `c = (3 / clip)^2 sigmoid(a)` with one parameter `a`, so that 0 < c holds and
+    sqrt(c) clip < 3 too, wherever the optimiser goes. Losses that share one space share one of these.
+
+    Args:
+        start: c before the first step.
+        clip: of the ball.
+
+    >>> LearnedCurvature(0.1)().curvature
+    tensor(0.1000, grad_fn=<MulBackward0>)
+    """
+
+    def __init__(self, start: float = 0.1, clip: float = 2.3) -> None:
+        super().__init__()
+        self.clip, self._most = clip, (REACH / clip) ** 2
+        if not 0 < start < self._most:
+            raise ValueError(f"a learned curvature must begin between 0 and {self._most:.3g}, not at {start}")
+        self.logit = nn.Parameter(torch.tensor(math.log(start / (self._most - start))))
+
+    @override
+    def forward(self) -> PoincareBall:
+        """The ball as it is now; distances in it reach the parameter."""
+        return PoincareBall(self._most * torch.sigmoid(at_least_float32(self.logit)), self.clip)
+
+
 Geometry = Sphere | PoincareBall
 
 
@@ -248,3 +281,22 @@ def named(geometry: str, curvature: float = 0.1, clip: float = 2.3) -> Geometry:
     if geometry == "poincare":
         return PoincareBall(float(curvature), float(clip))
     raise ValueError(f'geometry must be "sphere" or "poincare", not {geometry!r}')
+
+
+class LossInSpace(nn.Module):
+    """A loss whose embeddings live in a geometry: a fixed one, or a ball whose curvature is learned.
+
+    Raises ValueError as `named` does, and for a learned curvature without a ball or with another clip.
+    """
+
+    def __init__(self, geometry: str, curvature: float | LearnedCurvature, clip: float) -> None:
+        super().__init__()
+        self.learned = curvature if isinstance(curvature, LearnedCurvature) else None
+        if self.learned is not None and (geometry != "poincare" or clip != self.learned.clip):
+            raise ValueError(f'a learned curvature is of geometry "poincare" with clip {self.learned.clip:g}')
+        self._fixed = Sphere() if isinstance(curvature, LearnedCurvature) else named(geometry, curvature, clip)
+
+    @property
+    def space(self) -> Geometry:
+        """The geometry as it is now."""
+        return self._fixed if self.learned is None else self.learned()

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from kladi.losses import geometry as spaces
-from kladi.losses.geometry import Geometry
+from kladi.losses.geometry import Geometry, LearnedCurvature, LossInSpace, PoincareBall
 from kladi.losses.label_tree import clipped_share, distinct_labels, lineage_of, require
 from kladi.structure.taxonomy import Taxonomy
 
@@ -84,7 +84,7 @@ def _nearest_rival(
     return winner, others > 0
 
 
-class LevelAwareMarginLoss(nn.Module):
+class LevelAwareMarginLoss(LossInSpace):
     """Each sample near the prototypes of its ancestors, a margin farther from every other node of their level (LAM).
 
     The equation is that of `level_aware_margin` with m_l = margin decay^(l-1): coarse margins exceed fine ones, because
@@ -109,10 +109,10 @@ class LevelAwareMarginLoss(nn.Module):
         level_weights: one weight for each depth, from 1 down; all 1 by default.
 
     Shape: z float[V, B, D] un-normalised, target int64[B] node ids, leaves or inner nodes -> scalar. Buffers, kept in
-    the state dict: `prototypes` float32[N, D], `seen` int64[N] (updates of each node). Nothing to compare with: a zero
-    that keeps its graph; a level with one seen node is skipped, its pull too. After a forward, `idle` is the share of
-    rows that were compared at no level, `clipped` the share that met the clip of the ball. Several processes: gather
-    the rows first, as all losses here expect.
+    the state dict: `prototypes` float32[N, D] (as shares of the ball's radius where a curvature is learned), `seen`
+    int64[N] (updates of each node). Nothing to compare with: a zero that keeps its graph; a level with one seen node is
+    skipped, its pull too. After a forward, `idle` is the share of rows that were compared at no level, `clipped` the
+    share that met the clip of the ball. Several processes: gather the rows first, as all losses here expect.
 
     Raises ValueError at construction for arguments out of range and for a DAG, naming the node with several parents;
     IndexError for a target outside the taxonomy.
@@ -135,11 +135,11 @@ class LevelAwareMarginLoss(nn.Module):
         pull: float = 0.1,
         momentum: float = 0.95,
         geometry: str = "sphere",
-        curvature: float = 0.1,
+        curvature: float | LearnedCurvature = 0.1,
         clip: float = 2.3,
         level_weights: Sequence[float] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(geometry, curvature, clip)
         tax.require_tree()
         require("dim", dim, dim >= 1, "the number of dimensions of z")
         require("margin", margin, 0 <= margin < 2, "in [0, 2): the space is 2 wide; 0.3 is the default")
@@ -150,7 +150,6 @@ class LevelAwareMarginLoss(nn.Module):
         weights = (1.0,) * depths if level_weights is None else tuple(float(w) for w in level_weights)
         require("level_weights", level_weights, len(weights) == depths, f"{depths} numbers, one a depth of the tree")
         require("level_weights", level_weights, all(0 <= w < math.inf for w in weights), "0 or more each")
-        self.space = spaces.named(geometry, curvature, clip)
         self.margin, self.decay, self.pull, self.momentum = margin, decay, pull, momentum
         self.level_weights = weights
         self._margins = tuple(margin * decay**level for level in range(depths))
@@ -173,11 +172,13 @@ class LevelAwareMarginLoss(nn.Module):
         if z.shape[-1] != self.prototypes.shape[1]:
             raise ValueError(f"z has {z.shape[-1]} dimensions, the prototypes {self.prototypes.shape[1]}; mend dim")
         with torch.autocast(z.device.type, enabled=False):
-            x = self.space.embed(spaces.at_least_float32(z.flatten(0, 1)))
-            self.clipped = clipped_share(z, self.space)
+            space = self.space
+            x = space.embed(spaces.at_least_float32(z.flatten(0, 1)))
+            self.clipped = clipped_share(z, space)
             paths = self.ancestors[target].repeat(len(z), 1)
             # Backward keeps only the rows it looked up, which are copies: the update below may write in place.
-            prototypes, seen = self.prototypes.to(x.dtype), self.seen > 0
+            rim = self._rim(space)
+            prototypes, seen = self.prototypes.to(x.dtype) * rim, self.seen > 0
             loss, self.idle = level_aware_margin(
                 x,
                 paths,
@@ -187,26 +188,35 @@ class LevelAwareMarginLoss(nn.Module):
                 margins=self._margins,
                 level_weights=self.level_weights,
                 pull=self.pull,
-                space=self.space,
+                space=space,
             )
             if self.training:
-                self._follow(x.detach(), paths, prototypes)
+                self._follow(x.detach(), paths, prototypes, space)
+                self.prototypes /= rim
         return loss
 
+    def _rim(self, space: Geometry) -> Tensor | float:
+        """What prototypes are kept as shares of, so that they move along with a rim that a learned curvature moves."""
+        if self.learned is None or not isinstance(space, PoincareBall):
+            return 1.0
+        return torch.as_tensor(space.curvature).detach() ** -0.5
+
     @torch.no_grad()
-    def _follow(self, x: Float[Tensor, "n D"], paths: Int[Tensor, "n depth"], prototypes: Float[Tensor, "N D"]) -> None:
+    def _follow(
+        self, x: Float[Tensor, "n D"], paths: Int[Tensor, "n depth"], prototypes: Float[Tensor, "N D"], space: Geometry
+    ) -> None:
         """Move the prototype of every node that has a row towards the mean of its rows."""
         nodes = len(prototypes)
-        row_numerator, row_denominator = self.space.moments(x)
+        row_numerator, row_denominator = space.moments(x)
         numerator = torch.zeros(nodes + 1, x.shape[1], dtype=x.dtype, device=x.device)  # the last collects the absent
         denominator = torch.zeros(nodes + 1, dtype=x.dtype, device=x.device)
         for own in torch.where(paths < 0, nodes, paths).unbind(1):
             numerator.index_add_(0, own, row_numerator)
             denominator.index_add_(0, own, row_denominator)
-        middle, moves = self.space.mean(numerator[:-1], denominator[:-1])
+        middle, moves = space.mean(numerator[:-1], denominator[:-1])
         updates = self.seen + moves.to(torch.int64)
         t = (1 - (1 - 1 / updates.clamp_min(1).to(x.dtype)).clamp_max(self.momentum))[:, None]
-        moved = torch.where(updates[:, None] == 1, middle, self.space.step(prototypes, middle, t))
+        moved = torch.where(updates[:, None] == 1, middle, space.step(prototypes, middle, t))
         self.prototypes.copy_(torch.where(moves[:, None], moved, prototypes))
         self.seen.copy_(updates)
 

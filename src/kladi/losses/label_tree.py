@@ -11,13 +11,13 @@ import math
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from kladi.losses import geometry as spaces
 from kladi.losses.contrast import OwnView, PairTables, contrast
 from kladi.losses.contrast_ball import contrast_in_ball
-from kladi.losses.geometry import Geometry, PoincareBall
+from kladi.losses.geometry import Geometry, LearnedCurvature, LossInSpace, PoincareBall
 from kladi.structure.taxonomy import Taxonomy
 
 # --- pairs ---------------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def distinct_labels(z: Tensor, target: Tensor, nodes: int) -> tuple[Int[Tensor, 
     return labels, classes
 
 
-class HierarchyWeightedContrastiveLoss(nn.Module):
+class HierarchyWeightedContrastiveLoss(LossInSpace):
     """Supervised contrast in which kin classes are pushed apart less (HWC).
 
         loss = mean over rows i with a positive of  - sum_j q_ij log p_ij
@@ -129,7 +129,7 @@ class HierarchyWeightedContrastiveLoss(nn.Module):
         mode: "scale" multiplies logits, "mass" lets a kin negative count 1 - beta r times in the softmax.
         positives: "leaf": same target. "view": other views of the same sample; with beta = 0 no label is read.
             "graded": every kin, weighted by r; then no negative is kin and beta has no effect.
-        geometry: "sphere" or "poincare", with `curvature` and `clip` of the ball.
+        geometry: "sphere" or "poincare", with `curvature` and `clip` of the ball. A `LearnedCurvature` is trained too.
 
     Reductions: alpha = beta = 0 on the sphere is SupCon ("leaf") and NT-Xent ("view", two views); a tree of depth 1 has
     no kin negatives, so beta does nothing there.
@@ -157,16 +157,15 @@ class HierarchyWeightedContrastiveLoss(nn.Module):
         mode: str = "scale",
         positives: str = "leaf",
         geometry: str = "sphere",
-        curvature: float = 0.1,
+        curvature: float | LearnedCurvature = 0.1,
         clip: float = 2.3,
     ) -> None:
-        super().__init__()
+        super().__init__(geometry, curvature, clip)
         require("temperature", temperature, 0 < temperature < math.inf, "a positive number; 0.1 is the default")
         require("alpha", alpha, 0 <= alpha < math.inf, "0 or more; 0 switches it off")
         require("beta", beta, -1 <= beta <= 0.95, "between -1 and 0.95; 0 switches it off")
         require("mode", mode, mode in {"scale", "mass"}, '"scale" or "mass"')
         require("positives", positives, positives in {"leaf", "view", "graded"}, '"leaf", "view" or "graded"')
-        self.space = spaces.named(geometry, curvature, clip)
         self.temperature, self.alpha, self.beta, self.mode, self.positives = temperature, alpha, beta, mode, positives
         self.register_buffer("lineage", torch.from_numpy(lineage_of(tax)), persistent=False)
         self.idle: Tensor | None = None
@@ -180,7 +179,8 @@ class HierarchyWeightedContrastiveLoss(nn.Module):
         """The loss of `V` views of `B` samples whose node ids are `target`."""
         labels, classes = distinct_labels(z, target, len(self.lineage))
         with torch.autocast(z.device.type, enabled=False):
-            x = self.space.embed(spaces.at_least_float32(z.flatten(0, 1)))
+            space = self.space
+            x = space.embed(spaces.at_least_float32(z.flatten(0, 1)))
             overlap = overlap_of(self.lineage[labels], x.dtype)
             tables = pair_tables(
                 overlap,
@@ -189,15 +189,15 @@ class HierarchyWeightedContrastiveLoss(nn.Module):
                 beta=self.beta,
                 mode=self.mode,
                 positives=self.positives,
-                geometry=self.space.name,
+                geometry=space.name,
             )
             own = None
             if self.positives == "view":
                 own = own_view(temperature=self.temperature, alpha=self.alpha, mode=self.mode)
             of_row = classes.repeat(len(z))
-            self.clipped = clipped_share(z, self.space)
-            if isinstance(self.space, PoincareBall):
-                loss, self.idle = contrast_in_ball(x, of_row, tables, self.space, views=len(z), own=own)
+            self.clipped = clipped_share(z, space)
+            if isinstance(space, PoincareBall):
+                loss, self.idle = contrast_in_ball(x, of_row, tables, space, views=len(z), own=own)
             else:
                 loss, self.idle = contrast(x, of_row, tables, views=len(z), own=own)
             self.kin = _kin_share(overlap, classes)

@@ -25,7 +25,7 @@ from kladi.errors import RunStopped
 from kladi.evaluate.answers import Task
 from kladi.evaluate.embed import Embeddings
 from kladi.evaluate.measure import Keeper, Measured, Method, measure
-from kladi.evaluate.pretraining import seen_rows
+from kladi.evaluate.pretraining import seen_rows, space_of
 from kladi.evaluate.readouts.finetune import fine_tune
 from kladi.evaluate.readouts.published import COMPAT, Published, Regime, published
 from kladi.evaluate.readouts.regimes import Part
@@ -121,7 +121,7 @@ def context(path: Path, folder: Path) -> Context:
     """
     study = design.read(path)
     found = every.arms(study)
-    columns = [question.column for question in study.questions if question.column]
+    columns = [name for question in study.questions for name in (question.column, question.shift) if name]
     dataset, inspection = load(study.data, settings.override(study.config, {"data.keep": columns}))
     pretrained = any(arm.kind == "pretrained" for arm in found)
     unseen: Bool[np.ndarray, " n"] = (dataset.split != TRAIN) if pretrained else np.ones(len(dataset), dtype=bool)
@@ -249,8 +249,11 @@ def _source(arm: Arm, context: Context) -> Arm:
 
 def _frozen(cell: Cell, context: Context) -> Measured:
     arm, asked, study = context.arm(cell.arm), context.asked[cell.question], context.study
-    embedded = prepared(_source(arm, context), cell.seed, context)
-    method = Method(arm.name, embedded.features, embedded.z, _space(arm), arm.kind == "histogram", arm.control_of)
+    source = _source(arm, context)
+    embedded = prepared(source, cell.seed, context)
+    pretrained = source.kind == "pretrained"
+    space = space_of(context.run_of(source, cell.seed)) if pretrained else spaces.named("sphere")
+    method = Method(arm.name, embedded.features, embedded.z, space, arm.kind == "histogram", arm.control_of)
     parts = context.parts(cell)
     ask_each, regimes = [(asked.task, parts)], list(study.frozen)
     if arm.kind == "shuffled_labels":  # other targets in every fold, so every fold is measured by itself
@@ -306,8 +309,3 @@ def _trained(cell: Cell, context: Context) -> Measured:
     else:
         keep.answers([(part, answers)], (time.perf_counter() - wall, time.process_time() - cpu))
     return out
-
-
-def _space(arm: Arm) -> spaces.Geometry:
-    curvature, clip = every.number_of(arm, "curvature", 0.1), every.number_of(arm, "clip", 2.3)
-    return spaces.named(str(arm.config.objective.args.get("geometry", "sphere")), curvature, clip)

@@ -28,6 +28,9 @@ classes = { benign = ["US/breast/benign"], malignant = ["US/breast/malignant"] }
 below = "MR/brain"
 [tasks.device]                         # ... or the values of a column
 column = "device"
+[tasks.elsewhere]                      # trained on all sites but one, tested on that one; each site in turn
+below = "MR/brain"
+shift = "site"
 """
 
 from __future__ import annotations
@@ -101,12 +104,16 @@ class Method:
 @dataclass(frozen=True)
 class Question:
     """A downstream task: `classes` (name -> nodes of the tree, each with what is below it), `below` a node, or
-    `column`; exactly one of them. All three empty: every label."""
+    `column`; exactly one of them. All three empty: every label.
+
+    shift: a column; each of its values is tested by what was trained on the others. "": folds by patient.
+    """
 
     name: str
     classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     below: str = ""
     column: str = ""
+    shift: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,28 +283,28 @@ def _method(name: str, table: Mapping[str, Any], folder: Path, config: settings.
 
 
 def _question(name: str, table: Mapping[str, Any]) -> Question:
-    keys = ("classes", "below", "column")
+    what = {"classes", "below", "column"}
+    keys = ("classes", "below", "column", "shift")
     for key in table:
         if key not in keys:
             raise UserError(f"tasks.{name}.{key} is no key of a task{suggestion(key, keys)}")
     for key, value in table.items():
         if not value:
             raise UserError(f"tasks.{name}.{key} is empty; a task without any key asks for every label")
-    if not table:
-        return Question(name)
-    if len(table) > 1:
-        raise UserError(f"tasks.{name} takes one of classes, below and column; it has {len(table)}")
+    if len(table.keys() & what) > 1:
+        raise UserError(f"tasks.{name} takes one of classes, below and column; it has {len(table.keys() & what)}")
+    shift = _text(table, "shift")
     if "classes" not in table:
-        return Question(name, below=_text(table, "below"), column=_text(table, "column"))
+        return Question(name, below=_text(table, "below"), column=_text(table, "column"), shift=shift)
     classes = {}
     for label, nodes in _table(table, "classes").items():
-        words = [nodes] if isinstance(nodes, str) else nodes
-        if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+        listed = [nodes] if isinstance(nodes, str) else nodes
+        if not isinstance(listed, list) or not listed or not all(isinstance(node, str) for node in listed):
             raise UserError(f"tasks.{name}.classes.{label} takes a list of nodes")
-        classes[label] = tuple(words)
+        classes[label] = tuple(listed)
     if len(classes) < 2:
         raise UserError(f"tasks.{name}.classes has {len(classes)}; a task needs two")
-    return Question(name, classes)
+    return Question(name, classes, shift=shift)
 
 
 def _table(tables: Mapping[str, Any], key: str) -> Mapping[str, Any]:

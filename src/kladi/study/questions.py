@@ -14,7 +14,7 @@ from kladi.errors import UserError, suggestion
 from kladi.evaluate.answers import MOST_AUC_CLASSES, Task
 from kladi.evaluate.measure import parts_of
 from kladi.evaluate.readouts.regimes import Part
-from kladi.evaluate.splits import TRAIN, UNUSED, Splits, make_splits, scored_classes
+from kladi.evaluate.splits import TEST, TRAIN, UNUSED, VAL, Splits, make_splits, scored_classes
 from kladi.structure.synonyms import UNKNOWN, normal
 from kladi.structure.taxonomy import Taxonomy
 from kladi.study.design import Question, Study
@@ -71,9 +71,52 @@ def ask(question: Question, dataset: Dataset, unseen: Bool[np.ndarray, " n"], st
     if splits.folds < study.folds:
         warnings.append(f"{question.name}: {splits.folds} folds, as the rarest class has no more patients")
     warnings += [f"{question.name}: {lack}" for lack in splits.missing]
+    parts = parts_of(splits, dataset.row_id)
+    order = np.argsort(dataset.row_id)
     said = hashlib.sha256(f"{splits.digest} {taxonomy.digest}".encode())
-    said.update(task.target[np.argsort(dataset.row_id)].astype("<i8").tobytes())
-    return Asked(task, splits, parts_of(splits, dataset.row_id), tuple(warnings), said.hexdigest())
+    said.update(task.target[order].astype("<i8").tobytes())
+    if question.shift:
+        parts = shifted(parts, _place(question, dataset, task), task.group)
+        for part in parts:
+            said.update(part.of[order].astype("<i8").tobytes())
+    return Asked(task, splits, parts, tuple(warnings), said.hexdigest())
+
+
+def shifted(parts: tuple[Part, ...], place: Int[np.ndarray, " n"], group: Int[np.ndarray, " n"]) -> tuple[Part, ...]:
+    """Folds of which each tests one place and trains on the others: a fold a place, in every repeat.
+
+    Rows of the place are tested if their patient is nowhere else, or, where patients are in several places (one
+    specimen at four magnifications), in that fold of the given ones. Of the patients that are not tested, those of
+    another fold validate and the rest trains, with their rows of the other places.
+
+    Args:
+        parts: folds by patient.
+        place: number of the place of each row, -1 where it is unknown; such rows are not used.
+    """
+    places, folds = int(place.max()) + 1, 1 + max(part.fold for part in parts)
+    at = np.zeros((int(group.max()) + 1, places), dtype=bool)
+    at[group[place >= 0], place[place >= 0]] = True
+    elsewhere = (at.sum(axis=1) > 1)[group]
+    by_fold = {(part.fold, part.repeat): part.of for part in parts}
+    out = []
+    for repeat in sorted({part.repeat for part in parts}):
+        for number in range(places):
+            of = by_fold[(number + repeat) % folds, repeat]
+            tested = (place == number) & (of != UNUSED) & (~elsewhere | (of == TEST))
+            free = (of != UNUSED) & (place >= 0) & (place != number) & ~np.isin(group, group[tested])
+            validates = free & (of == VAL)
+            out.append(Part(number, repeat, np.select([tested, validates, free], [TEST, VAL, TRAIN], UNUSED)))
+    return tuple(out)
+
+
+def _place(question: Question, dataset: Dataset, task: Task) -> Int[np.ndarray, " n"]:
+    """The number of each row's value of the column, among those of rows that the task asks of."""
+    values = _values(question.name, question.shift, dataset)
+    known = sorted({value for value, target in zip(values, task.target, strict=True) if value and target >= 0})
+    if len(known) < 2:
+        raise UserError(f'task {question.name}: shift = "{question.shift}" has {len(known)} value here; it takes two')
+    number = {value: k for k, value in enumerate(known)}
+    return np.array([number.get(value, -1) for value in values], dtype=np.int64)
 
 
 def fewer_labels(part: Part, asked: Asked, dataset: Dataset, fraction: float, seed: int) -> Part:
@@ -140,15 +183,17 @@ def _target(question: Question, dataset: Dataset) -> tuple[Taxonomy, Int[np.ndar
 
 
 def _of_column(question: Question, dataset: Dataset) -> tuple[Taxonomy, Int[np.ndarray, " n"]]:
-    if question.column not in dataset.columns:
-        raise UserError(
-            f'task {question.name}: no column "{question.column}"' + suggestion(question.column, dataset.columns)
-        )
-    # As metadata are read: case and blanks do not matter, and a cell that says "unknown" is no class.
-    values = ["" if (term := normal(cell)) in UNKNOWN else term for cell in dataset.columns[question.column]]
+    values = _values(question.name, question.column, dataset)
     flat = Taxonomy.from_edges([(value, None) for value in sorted({v for v in values if v})])
     place = {name: node for node, name in enumerate(flat.names)}
     return flat, np.array([place.get(value, -1) for value in values], dtype=np.int64)
+
+
+def _values(task: str, column: str, dataset: Dataset) -> list[str]:
+    """The cells of a column as metadata are read: case and blanks do not matter, and "unknown" is no value."""
+    if column not in dataset.columns:
+        raise UserError(f'task {task}: no column "{column}"' + suggestion(column, dataset.columns))
+    return ["" if (term := normal(cell)) in UNKNOWN else term for cell in dataset.columns[column]]
 
 
 def _of_classes(

@@ -173,7 +173,7 @@ def _tree_distances(view: View, part: Part, nearest: Int[np.ndarray, "q k"]) -> 
 def violations(view: View) -> Iterator[Found]:
     """Parent violation rate, over all rows and at each depth, against prototypes of the training rows."""
     tax, space = view.task.taxonomy, view.space
-    curvature, clip = (space.curvature, space.clip) if isinstance(space, spaces.PoincareBall) else (0.1, 2.3)
+    curvature, clip = (space.number, space.clip) if isinstance(space, spaces.PoincareBall) else (0.1, 2.3)
     depth = tax.depth
     for part, _, points in view.shown():
         train, test = part.rows(TRAIN), part.rows(TEST)

@@ -118,8 +118,8 @@ def ball(embeddings: Embeddings, space: spaces.Geometry) -> dict[str, Any]:
     if not len(rows):
         return {}
     target = embeddings.target[rows]
-    nodes, seen = metrics.node_prototypes(z[rows], target, tax, space.name, space.curvature, space.clip)
-    radius = space.curvature**0.5
+    nodes, seen = metrics.node_prototypes(z[rows], target, tax, space.name, space.number, space.clip)
+    radius = space.number**0.5
     points = space.embed(torch.from_numpy(z[rows]).double()).numpy() * radius
     tops = [tax.names[int(tax.ancestor_table[node, 0])] for node in target]
     return {
