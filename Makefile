@@ -47,6 +47,8 @@ bench: $(VENV)/.bench      ## side by side with peers
 	$(BIN)/python bench/augment.py
 	$(BIN)/python bench/probe.py
 	$(BIN)/python bench/finetune.py
+	$(BIN)/python bench/tree_cross_entropy.py
+	$(BIN)/python bench/step.py
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict

@@ -15,23 +15,32 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+import memory
+
 D = 128
 ROUNDS = {2048: 9, 8192: 5, 16384: 3}
 ONLY_MEMORY = [32768]
 MOST = 10e9
-OURS = ["NT-Xent", "SupCon", "Jaccard", "tree-weighted", "tree-weighted, ball"]
+OURS = [
+    "NT-Xent",
+    "SupCon",
+    "Jaccard",
+    "tree-weighted",
+    "tree-weighted, ball",
+    "prototypes",
+    "prototypes, ball",
+    "HiMulCon",
+]
 PEERS = ["SupCon, dense formula", "SupCon, pytorch-metric-learning", "NT-Xent, lightly"]
 
 
@@ -61,13 +70,19 @@ def loss_of(name: str, n: int) -> Callable[[Tensor], Tensor]:
         sets = torch.cat([torch.nn.functional.one_hot(c) for c in columns], 1).bool()
         jaccard = MultiLabelContrastiveLoss(0.07, 0.3)
         return lambda z: jaccard(z, sets)
-    if name in {"tree-weighted", "tree-weighted, ball"}:
-        from kladi.losses import HierarchyWeightedContrastiveLoss
+    if name in OURS:
+        from kladi.losses import HierarchyWeightedContrastiveLoss, HiMulConLoss, LevelAwareMarginLoss
         from kladi.structure.taxonomy import Taxonomy
 
         tax = Taxonomy.from_paths([f"{i % 4}/{i % 20}/{i}" for i in range(100)])
         leaves = torch.tensor(tax.leaves.tolist())[torch.randint(100, (B,), generator=g)]
-        tree = HierarchyWeightedContrastiveLoss(tax, geometry="poincare" if name.endswith("ball") else "sphere")
+        geometry = "poincare" if name.endswith("ball") else "sphere"
+        if name.startswith("tree-weighted"):
+            tree: torch.nn.Module = HierarchyWeightedContrastiveLoss(tax, geometry=geometry)
+        elif name.startswith("prototypes"):
+            tree = LevelAwareMarginLoss(tax, D, geometry=geometry)
+        else:
+            tree = HiMulConLoss(tax)
         return lambda z: tree(z, leaves)
     if name == "SupCon, dense formula":
         both = target.repeat(2)
@@ -129,20 +144,10 @@ def times(n: int, names: list[str]) -> dict[str, float]:
 
 def peak(n: int, name: str) -> float:
     """Bytes above what the process holds once the inputs are made and a small call has loaded the code."""
-
-    def kilobytes(field: str) -> int:
-        found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        if found is None:
-            raise RuntimeError("this kernel does not tell the peak memory of a process")
-        return int(found[1])
-
     small = embeddings(256)
     torch.autograd.grad(loss_of(name, 256)(small), small)
     z, loss = embeddings(n), loss_of(name, n)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = kilobytes("VmRSS")
-    torch.autograd.grad(loss(z), z)
-    return 1024.0 * (kilobytes("VmHWM") - before)
+    return memory.peak(lambda: torch.autograd.grad(loss(z), z))
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -161,18 +166,18 @@ def child(*arguments: str) -> dict[str, float]:
 
 
 def table(sizes: list[int], only_memory: list[int]) -> None:
-    memory: dict[tuple[str, int], float] = {}
+    held: dict[tuple[str, int], float] = {}
     ratio: dict[tuple[str, int], float] = {}
     for n in sizes:
         # A dense peer needs four times as much for twice the rows: ask before it is tried.
-        names = OURS + [p for p in PEERS if 16 * memory.get((p, n // 4), memory.get((p, n // 2), 0) / 4) < MOST]
+        names = OURS + [p for p in PEERS if 16 * held.get((p, n // 4), held.get((p, n // 2), 0) / 4) < MOST]
         for name in names:
-            memory[name, n] = child("peak", str(n), name)["peak"]
+            held[name, n] = child("peak", str(n), name)["peak"]
         for name, value in child("times", str(n), *[m for m in names if memory[m, n] < MOST]).items():
             ratio[name, n] = value
     for n in only_memory:
         for name in OURS:
-            memory[name, n] = child("peak", str(n), name)["peak"]
+            held[name, n] = child("peak", str(n), name)["peak"]
     print(f"{'rows':32}" + "".join(f"{n:>21,}" for n in [*sizes, *only_memory]))
     for name in ["", *OURS, *PEERS]:
         row = f"{name or 'three products (CPU s)':32}"
@@ -181,8 +186,8 @@ def table(sizes: list[int], only_memory: list[int]) -> None:
                 row += f"{f'{ratio[name, n]:.3f} s' if (name, n) in ratio else '':>21}"
                 continue
             spent = f"{ratio[name, n]:.2f} x" if (name, n) in ratio else ("" if n in only_memory else "-")
-            held = f"{memory[name, n] / 1e6:,.0f} MB" if (name, n) in memory else "-"
-            row += f"{spent:>10}{held:>11}"
+            room = f"{held[name, n] / 1e6:,.0f} MB" if (name, n) in held else "-"
+            row += f"{spent:>10}{room:>11}"
         print(row)
 
 

@@ -4,13 +4,23 @@ from kladi.losses.himulcon import HiMulConLoss
 from kladi.losses.label_prototypes import LevelAwareMarginLoss
 from kladi.losses.label_tree import HierarchyWeightedContrastiveLoss
 from kladi.losses.multi_label import MultiLabelContrastiveLoss, SupConLoss
+from kladi.losses.subtree_sums import node_log_probs
+from kladi.losses.tree_cross_entropy import (
+    HierarchicalCrossEntropy,
+    HierarchyAwareCrossEntropy,
+    SoftLabelCrossEntropy,
+)
 from kladi.losses.views import NTXentLoss
 
 __all__ = [
     "HiMulConLoss",
+    "HierarchicalCrossEntropy",
+    "HierarchyAwareCrossEntropy",
     "HierarchyWeightedContrastiveLoss",
     "LevelAwareMarginLoss",
     "MultiLabelContrastiveLoss",
     "NTXentLoss",
+    "SoftLabelCrossEntropy",
     "SupConLoss",
+    "node_log_probs",
 ]
