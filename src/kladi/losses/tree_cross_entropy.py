@@ -91,14 +91,41 @@ def step_weights(tax: Taxonomy, alpha: float, normalise: bool = False) -> Float[
 # --- the losses -------------------------------------------------------------------------------------------------------
 
 
-class _PathLoss(nn.Module):
-    """What the losses share: who is below whom, the ancestors of each node, and a weight for each of them."""
+class _RowLoss(nn.Module):
+    """Mean over the batch of what `rows` says; `columns` logits a row, targets among `nodes` ids."""
+
+    columns: int
+    nodes: int
+
+    @override
+    def forward(self, logits: Float[Tensor, "B columns"], target: Int[Tensor, " B"]) -> Float[Tensor, ""]:
+        """The mean over the batch."""
+        if logits.ndim != 2 or logits.shape[1] != self.columns:
+            raise ValueError(f"logits must be [batch, {self.columns}], not of shape {tuple(logits.shape)}")
+        if target.dtype.is_floating_point or target.dtype == torch.bool:
+            raise ValueError(f"target must hold int64 node ids, not {target.dtype}")
+        if target.shape != logits.shape[:1]:
+            raise ValueError(f"target has shape {tuple(target.shape)}, but there are {len(logits)} rows of logits")
+        wrong = target[(target < 0) | (target >= self.nodes)]
+        if len(wrong):
+            raise IndexError(f"target {int(wrong[0])} is no node id of a taxonomy of {self.nodes} nodes")
+        with torch.autocast(logits.device.type, enabled=False):
+            z = at_least_float32(logits)
+            return self.rows(z, target).mean() if len(z) else z.sum()
+
+    def rows(self, z: Float[Tensor, "B columns"], target: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+        """The loss of each row; nothing is checked."""
+        raise NotImplementedError
+
+
+class _PathLoss(_RowLoss):
+    """What HACE and HXE share: who is below whom, the ancestors of each node, and a weight for each of them."""
 
     lineage: Tensor
 
     def __init__(self, tax: Taxonomy, weight: Float[np.ndarray, "N K"]) -> None:
         super().__init__()
-        self.below = Subtrees(tax)
+        self.below, self.nodes = Subtrees(tax), len(tax)
         self.register_buffer("lineage", torch.from_numpy(lineage_of(tax)), persistent=False)
         # No buffer: `.half()` would take digits from it that `.double()` cannot give back.
         self._exact = self._cast = torch.from_numpy(weight)
@@ -156,34 +183,29 @@ class HierarchyAwareCrossEntropy(_PathLoss):
         if soft_beta is not None and label_smoothing:
             raise ValueError("label_smoothing and soft_beta are two ways to smooth; give one")
         super().__init__(tax, path_shares(tax, retain, weighting))
+        self.columns = self.nodes
         self.retain, self.weighting = retain, weighting
         self.label_smoothing, self.log_epsilon = label_smoothing, log_epsilon
         self.soft = None if soft_beta is None else SoftLabelCrossEntropy(tax, soft_beta)
 
     @override
-    def forward(self, logits: Float[Tensor, "B N"], target: Int[Tensor, " B"]) -> Float[Tensor, ""]:
-        """The mean over the batch."""
-        _checked(logits, target, self.below.nodes, self.below.nodes)
-        with torch.autocast(logits.device.type, enabled=False):
-            z = at_least_float32(logits)
-            if not len(z):
-                return z.sum()
-            smooth = self.label_smoothing if len(self.below.leaves) > 1 else 0.0
-            of_leaves = not smooth or bool(torch.isin(target, self.below.leaves).all())
-            if self.soft is None and not self.log_epsilon and of_leaves:
-                return self._along_paths(z, target, smooth)
-            log_p = all_log_probs(z, self.below)
-            if self.log_epsilon:
-                log_p = torch.log(log_p.exp() + self.log_epsilon)
-            return -(self.targets(z, target) * log_p).sum(1).mean()
+    def rows(self, z: Float[Tensor, "B N"], target: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+        """The loss of each row; nothing is checked."""
+        smooth = self.label_smoothing if len(self.below.leaves) > 1 else 0.0
+        of_leaves = not smooth or bool(torch.isin(target, self.below.leaves).all())
+        if self.soft is None and not self.log_epsilon and of_leaves:
+            return self._along_paths(z, target, smooth)
+        log_p = all_log_probs(z, self.below)
+        if self.log_epsilon:
+            log_p = torch.log(log_p.exp() + self.log_epsilon)
+        return -(self.targets(z, target) * log_p).sum(1)
 
-    def _along_paths(self, z: Float[Tensor, "B N"], target: Int[Tensor, " B"], smooth: float) -> Float[Tensor, ""]:
-        """The loss where t is the target's path, and of every leaf's path the same small share."""
+    def _along_paths(self, z: Float[Tensor, "B N"], target: Int[Tensor, " B"], smooth: float) -> Float[Tensor, " B"]:
+        """Where t is the target's path, and of every leaf's path the same small share."""
         other = smooth / max(len(self.below.leaves) - 1, 1)
         mass = other * self._upwards(z.new_ones(1, len(self.below.leaves)))[0] if smooth else None
         log_p, everywhere = path_log_probs(z, self.lineage[target], self.below, mass)
-        own = (self.weight(z)[target] * log_p).sum(1)
-        return -((1 - smooth - other) * own + everywhere).mean()
+        return -((1 - smooth - other) * (self.weight(z)[target] * log_p).sum(1) + everywhere)
 
     def targets(self, like: Tensor, target: Int[Tensor, " B"]) -> Float[Tensor, "B N"]:
         """t of every node, in the dtype of the logits: smoothed over leaves, then spread upwards."""
@@ -192,7 +214,7 @@ class HierarchyAwareCrossEntropy(_PathLoss):
         inside = self._leaves_inside(target)
         outside = inside.shape[1] - inside.sum(1, keepdim=True)
         eps = self.label_smoothing * (outside > 0).to(like)
-        own = torch.zeros(len(target), self.below.nodes, dtype=like.dtype, device=like.device)
+        own = torch.zeros(len(target), self.nodes, dtype=like.dtype, device=like.device)
         own.scatter_add_(1, self.lineage[target].clamp_min(0), self.weight(like)[target])
         return (1 - eps) * own + eps * self._upwards((~inside).to(like) / outside.clamp_min(1))
 
@@ -207,7 +229,7 @@ class HierarchyAwareCrossEntropy(_PathLoss):
     def _upwards(self, mass: Float[Tensor, "B n"]) -> Float[Tensor, "B N"]:
         """Mass of leaves, spread over their ancestors."""
         leaves = self.below.leaves
-        t = mass.new_zeros(len(mass), self.below.nodes)
+        t = mass.new_zeros(len(mass), self.nodes)
         for above, share in zip(self.lineage[leaves].unbind(1), self.weight(mass)[leaves].unbind(1), strict=True):
             t.index_add_(1, above.clamp_min(0), mass * share)
         return t
@@ -216,7 +238,7 @@ class HierarchyAwareCrossEntropy(_PathLoss):
     def extra_repr(self) -> str:
         """The arguments, for `print`."""
         return (
-            f"{self.below.nodes} nodes, retain={self.retain}, label_smoothing={self.label_smoothing}, "
+            f"{self.nodes} nodes, retain={self.retain}, label_smoothing={self.label_smoothing}, "
             f"weighting={self.weighting!r}"
         )
 
@@ -241,26 +263,22 @@ class HierarchicalCrossEntropy(_PathLoss):
         tax.require_tree()
         require("alpha", alpha, 0 <= alpha < math.inf, "0 or more; 0 is plain cross-entropy")
         super().__init__(tax, step_weights(tax, alpha, normalise))
+        self.columns = len(self.below.leaves)
         self.alpha, self.normalise = alpha, normalise
 
     @override
-    def forward(self, logits: Float[Tensor, "B n"], target: Int[Tensor, " B"]) -> Float[Tensor, ""]:
-        """The mean over the batch."""
-        _checked(logits, target, len(self.below.leaves), self.below.nodes)
-        with torch.autocast(logits.device.type, enabled=False):
-            z = at_least_float32(logits)
-            if not len(z):
-                return z.sum()
-            log_p, _ = path_log_probs(self.below.spread(z), self.lineage[target], self.below)
-            return -(self.weight(z)[target] * log_p).sum(1).mean()
+    def rows(self, z: Float[Tensor, "B n"], target: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+        """The loss of each row; nothing is checked."""
+        log_p, _ = path_log_probs(self.below.spread(z), self.lineage[target], self.below)
+        return -(self.weight(z)[target] * log_p).sum(1)
 
     @override
     def extra_repr(self) -> str:
         """The arguments, for `print`."""
-        return f"{len(self.below.leaves)} leaves, alpha={self.alpha}, normalise={self.normalise}"
+        return f"{self.columns} leaves, alpha={self.alpha}, normalise={self.normalise}"
 
 
-class SoftLabelCrossEntropy(nn.Module):
+class SoftLabelCrossEntropy(_RowLoss):
     """Cross-entropy against labels that are soft by distance in the tree (a peer).
 
         L = - sum_c s_y(c) log p_c,      s_y(c) = exp(-beta D(y, c)) / sum_c' exp(-beta D(y, c'))
@@ -286,6 +304,7 @@ class SoftLabelCrossEntropy(nn.Module):
         require("beta", beta, 0 <= beta < math.inf, "0 or more; 0 is uniform, a large one plain cross-entropy")
         require("distance", distance, distance in {"height", "depth"}, '"height" or "depth"')
         self.beta, self.distance, self.names = beta, distance, tax.names
+        self.columns, self.nodes = len(tax.leaves), len(tax)
         deepest = int(tax.depth[tax.leaves].max())
         self.deepest = deepest
         # Whole numbers, in units of 1 / deepest: nothing that a cast could harm.
@@ -308,29 +327,11 @@ class SoftLabelCrossEntropy(nn.Module):
         return torch.softmax(-self.beta / self.deepest * apart.to(like), dim=1)
 
     @override
-    def forward(self, logits: Float[Tensor, "B n"], target: Int[Tensor, " B"]) -> Float[Tensor, ""]:
-        """The mean over the batch."""
-        _checked(logits, target, len(self.leaves), len(self.column))
-        with torch.autocast(logits.device.type, enabled=False):
-            z = at_least_float32(logits)
-            if not len(z):
-                return z.sum()
-            return -(self.leaf_mass(z, target) * torch.log_softmax(z, dim=1)).sum(1).mean()
+    def rows(self, z: Float[Tensor, "B n"], target: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+        """The loss of each row; refuses a target that is no leaf, and nothing else."""
+        return -(self.leaf_mass(z, target) * torch.log_softmax(z, dim=1)).sum(1)
 
     @override
     def extra_repr(self) -> str:
         """The arguments, for `print`."""
-        return f"{len(self.leaves)} leaves, beta={self.beta}, distance={self.distance!r}"
-
-
-def _checked(logits: Tensor, target: Tensor, columns: int, nodes: int) -> None:
-    """Refuse logits of another width, and targets that are no nodes."""
-    if logits.ndim != 2 or logits.shape[1] != columns:
-        raise ValueError(f"logits must be [batch, {columns}], not of shape {tuple(logits.shape)}")
-    if target.dtype.is_floating_point or target.dtype == torch.bool:
-        raise ValueError(f"target must hold int64 node ids, not {target.dtype}")
-    if target.shape != logits.shape[:1]:
-        raise ValueError(f"target has shape {tuple(target.shape)}, but there are {len(logits)} rows of logits")
-    wrong = target[(target < 0) | (target >= nodes)]
-    if len(wrong):
-        raise IndexError(f"target {int(wrong[0])} is no node id of a taxonomy of {nodes} nodes")
+        return f"{self.columns} leaves, beta={self.beta}, distance={self.distance!r}"
