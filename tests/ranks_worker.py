@@ -12,7 +12,7 @@ from torch import nn
 import tiny
 from kladi.data.views.batch import View
 from kladi.data.views.loader import Loader
-from kladi.learn import objectives, ranks
+from kladi.learn import presets, ranks
 from kladi.models.heads import Projector
 
 CASES = {
@@ -42,8 +42,8 @@ def measured(name, rank, world):
     dataset = tiny.data(labelled=0.7)
     torch.manual_seed(0)
     encoder, projector = Flat(), Projector(12, 8, 6)
-    known = objectives.Facts.of(dataset)
-    objective = objectives.build(name.split()[0], CASES[name], known, encoder, projector)
+    known = presets.Facts.of(dataset)
+    objective = presets.build(name.split()[0], CASES[name], known, encoder, projector)
     config = tiny.settings(train__batch=9)  # 5 rows for one process, 4 for the other
     loader = Loader(dataset, config, 2, torch.device("cpu"), rank=rank, world=world)
     batch = next(loader.epoch(0))

@@ -14,7 +14,7 @@ import ranks_worker
 import tiny
 from kladi.data.views.batch import View
 from kladi.data.views.loader import Loader
-from kladi.learn import gradient_cache, objectives
+from kladi.learn import gradient_cache, presets
 from kladi.learn.console import Silent
 from kladi.learn.fit import fit
 from kladi.models.heads import Projector
@@ -37,9 +37,9 @@ def setting(name, encoder):
     """An objective and a batch of eight images in float64."""
     dataset = tiny.data(labelled=0.7)
     torch.manual_seed(0)
-    known = objectives.Facts.of(dataset)
+    known = presets.Facts.of(dataset)
     args = ranks_worker.CASES[name]
-    objective = objectives.build(name.split()[0], args, known, encoder, Projector(12, 8, 6)).double()
+    objective = presets.build(name.split()[0], args, known, encoder, Projector(12, 8, 6)).double()
     batch = next(Loader(dataset, tiny.settings(), 2, torch.device("cpu")).epoch(0))
     views = tuple(View(view.image.double()) for view in batch.views)
     return objective, dataclasses.replace(batch, views=views)

@@ -9,8 +9,9 @@ import tiny
 from kladi import losses, sections, toy
 from kladi.data.views.batch import Batch, View
 from kladi.errors import UserError
-from kladi.learn import objectives
-from kladi.learn.objectives import Facts, Siamese, Supervised, Term
+from kladi.learn import objectives, presets
+from kladi.learn.objectives import Siamese, Supervised, Term
+from kladi.learn.presets import Facts
 from kladi.models.heads import Projector
 
 B, D = 6, 4
@@ -138,7 +139,7 @@ def test_an_objective_needs_a_term():
 
 
 def build(name, args=None, known=None):
-    return objectives.build(name, args or {}, known or facts(), *parts())
+    return presets.build(name, args or {}, known or facts(), *parts())
 
 
 def test_label_tree_is_hwc_and_half_of_lam():
@@ -170,10 +171,10 @@ def test_the_hybrid_of_metadata_mixes_by_lambda():
     assert objective.targets == {"metadata": "metadata", "ntxent": ""}
 
 
-@pytest.mark.parametrize("name", sorted(objectives.PRESETS))
+@pytest.mark.parametrize("name", sorted(presets.PRESETS))
 def test_every_preset_trains(name):
     data = toy.dataset(n=60, size=16)
-    objective = objectives.build(name, {}, Facts.of(data), *parts())
+    objective = presets.build(name, {}, Facts.of(data), *parts())
     rows = torch.arange(B)
     classes = torch.from_numpy(data.label_sets.similarity()[0])
     one = batch(labels=data.target[:B].tolist())
@@ -193,8 +194,8 @@ def test_every_preset_trains(name):
     ],
 )
 def test_auto_takes_what_the_data_can_carry(changes, name):
-    assert objectives.choose(facts(**changes)) == name
-    assert objectives.resolved("auto", facts(**changes)) == name
+    assert presets.choose(facts(**changes)) == name
+    assert presets.resolved("auto", facts(**changes)) == name
 
 
 def test_metadata_of_one_attribute_is_supcon_on_it():
@@ -219,7 +220,7 @@ def test_very_many_label_sets_are_compared_batch_by_batch(monkeypatch, unknown_p
     z = torch.randn(2, 9, 4, dtype=torch.float64)
     args = {"unknown_pairs": unknown_pairs}
     whole = build("metadata", args, known).losses["metadata"]
-    monkeypatch.setattr(objectives, "TABLE_CLASSES", 1)
+    monkeypatch.setattr(presets, "TABLE_CLASSES", 1)
     parts = build("metadata", args, known).losses["metadata"]
     assert whole.similarity is not None
     assert parts.similarity is None
@@ -231,9 +232,9 @@ def test_auto_on_flat_labels_and_on_nothing():
     from kladi.structure.taxonomy import Taxonomy
 
     flat = Taxonomy.from_paths(["a", "b"])
-    assert objectives.choose(Facts(flat, np.array([0, 1, 1]), None)) == "supcon"
-    assert objectives.choose(Facts(None, np.full(3, -1), None)) == "simclr"
-    assert objectives.choose(Facts(known.taxonomy, np.array([3, 3]), None)) == "simclr"  # one class teaches nothing
+    assert presets.choose(Facts(flat, np.array([0, 1, 1]), None)) == "supcon"
+    assert presets.choose(Facts(None, np.full(3, -1), None)) == "simclr"
+    assert presets.choose(Facts(known.taxonomy, np.array([3, 3]), None)) == "simclr"  # one class teaches nothing
 
 
 @pytest.mark.parametrize(
@@ -345,7 +346,7 @@ def test_a_loss_that_reads_labels_needs_them():
 
 
 def test_every_preset_is_known_to_read_labels_or_not():
-    assert sections.WITH_LABELS | sections.WITHOUT_LABELS | {"auto"} == set(objectives.PRESETS)
+    assert sections.WITH_LABELS | sections.WITHOUT_LABELS | {"auto"} == set(presets.PRESETS)
     for name in sections.WITH_LABELS:
         with pytest.raises(UserError, match="needs labels"):
-            objectives.build(name, {}, Facts(None, np.full(3, -1), None), torch.nn.Identity(), torch.nn.Identity())
+            presets.build(name, {}, Facts(None, np.full(3, -1), None), torch.nn.Identity(), torch.nn.Identity())

@@ -193,7 +193,7 @@ def _names(what: str) -> list[str]:
     if what == "keys":
         return settings.keys()
     if what == "objectives":
-        from kladi.learn.objectives import PRESETS
+        from kladi.learn.presets import PRESETS
 
         return sorted(PRESETS)
     if what == "backbones":
@@ -209,9 +209,9 @@ def _pair_rules(config: settings.Config) -> dict[str, Any]:
     """What the arguments of the metadata objective say of pairs: weights and threshold."""
     if config.objective.name != "metadata":
         return {}
-    from kladi.learn import objectives
+    from kladi.learn import presets
 
-    args = objectives.arguments("metadata", config.objective.args)
+    args = presets.arguments("metadata", config.objective.args)
     return {key: args[key] for key in ("weights", "threshold") if key in args}
 
 

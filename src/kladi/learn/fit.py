@@ -33,7 +33,7 @@ from kladi.learn import (
     gradient_cache,
     lock,
     monitors,
-    objectives,
+    presets,
     ranks,
     run_folder,
     signals,
@@ -110,7 +110,7 @@ def fit(
                     log.say("waiting", f"for {t.fabric.world_size - 1} other processes")
                 _join(t)
                 log.data(dataset, t.objective)
-                name = objectives.resolved(config.objective.name, objectives.Facts.of(dataset))
+                name = presets.resolved(config.objective.name, presets.Facts.of(dataset))
                 log.say("loss", f"{name} = {_formula(t.objective.weights)}")
                 log.say("batch", _batch(t))
                 if match is not None:

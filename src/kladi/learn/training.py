@@ -21,7 +21,7 @@ from kladi import config as settings
 from kladi.data.dataset import Dataset
 from kladi.data.views.loader import Loader
 from kladi.errors import UserError, suggestion
-from kladi.learn import checkpoint, monitors, objectives, ranks, run_folder, state
+from kladi.learn import checkpoint, monitors, objectives, presets, ranks, run_folder, state
 from kladi.models import backbones, weights
 from kladi.models.heads import Projector
 
@@ -77,8 +77,8 @@ def assemble(dataset: Dataset, config: settings.Config, fabric: Fabric) -> Train
     check(config.train)
     encoder = backbones.build(config.encoder, config.intensity)
     projector = Projector(encoder.width, *config.encoder.projector)
-    facts = objectives.Facts.of(dataset)
-    objective = objectives.build(config.objective.name, config.objective.args, facts, encoder, projector)
+    facts = presets.Facts.of(dataset)
+    objective = presets.build(config.objective.name, config.objective.args, facts, encoder, projector)
     objective.to(fabric.device)
     if fabric.device.type == "cuda" and fabric.world_size > 1:
         objective = convert_sync_batchnorm(objective)  # torch has none for the CPU: there each process has its own
@@ -210,7 +210,7 @@ def export(t: Training, run: Path) -> None:
     objective = t.config.objective
     facts = {
         "objective": {
-            "name": objectives.resolved(objective.name, objectives.Facts.of(t.dataset)),
+            "name": presets.resolved(objective.name, presets.Facts.of(t.dataset)),
             "args": {**objective.args, **t.objective.learned()},
             "weights": t.objective.weights,
         },

@@ -24,7 +24,7 @@ from kladi.evaluate import baselines
 from kladi.evaluate.controls import shuffled_leaves
 from kladi.evaluate.embed import Embeddings, describe, embed
 from kladi.evaluate.evaluation import random_encoder
-from kladi.learn import console, objectives, run_folder, training
+from kladi.learn import console, presets, run_folder, training
 from kladi.learn.fit import fit
 from kladi.models import backbones, heads
 from kladi.models.heads import Projector
@@ -134,8 +134,8 @@ def require_buildable(found: Sequence[Arm], dataset: Dataset) -> None:
             if arm.kind == "pretrained":
                 training.check(config.train)
                 projector = Projector(encoder.width, *config.encoder.projector)
-                facts = objectives.Facts.of(dataset)
-                objectives.build(config.objective.name, config.objective.args, facts, encoder, projector)
+                facts = presets.Facts.of(dataset)
+                presets.build(config.objective.name, config.objective.args, facts, encoder, projector)
         except UserError as error:
             raise UserError(f"methods.{arm.name}: {error}") from None
 

@@ -49,7 +49,7 @@ from kladi.data.rows.columns import means
 from kladi.errors import UserError, suggestion
 from kladi.evaluate.measure import REGIMES as FROZEN
 from kladi.evaluate.readouts.finetune import Recipe
-from kladi.learn.objectives import PRESETS
+from kladi.learn.presets import PRESETS
 
 Regime = Literal["probe", "knn", "prototype", "retrieval", "representation", "finetune"]
 Primary = Literal["balanced_accuracy", "auc", "accuracy", "macro_f1"]
