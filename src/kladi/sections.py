@@ -120,7 +120,9 @@ class Encoder:
     """Hidden width and output width of the head that is dropped after pretraining."""
 
 
-WITH_LABELS = frozenset({"cross_entropy", "himulcon", "label_tree", "supcon"})
+WITH_LABELS = frozenset(
+    {"cross_entropy", "himulcon", "hxe", "label_tree", "soft_labels", "supcon", "tree_cross_entropy"}
+)
 WITHOUT_LABELS = frozenset({"metadata", "simclr"})
 """Objectives that read labels, and that read none; "auto" and a user's own are in neither."""
 

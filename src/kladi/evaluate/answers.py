@@ -31,7 +31,7 @@ LOWER_IS_BETTER = frozenset(
 )
 MOST_BINS, ROWS_A_BIN = 15, 20
 """Of a calibration error: in bins of a row or two each it would measure nothing but that answers are right or wrong."""
-PROBABILISTIC = frozenset({"probe", "finetune"})
+PROBABILISTIC = frozenset({"head", "probe", "finetune"})
 """Regimes whose scores are logarithms of probabilities."""
 MOST_AUC_CLASSES = 12
 """With more classes the AUC gets no interval: resampling ranks is the one thing here that costs minutes."""

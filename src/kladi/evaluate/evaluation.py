@@ -98,7 +98,8 @@ def evaluate(
     plan = protocol.choose(own, encoder.about, config)
     own.write(out / "embeddings.npz")
     digest = _digest({"evaluate": dataclasses.asdict(config.evaluate), "controls": list(controls)})
-    methods = [Method(encoder.name, own.features, own.z, encoder.about.space)]
+    said = None if isinstance(source, nn.Module) else pretraining.own_answers(Path(source), own.z)
+    methods = [Method(encoder.name, own.features, own.z, encoder.about.space, own=said)]
     methods += [_control(name, encoder, dataset, config, device, cost) for name in controls]
     parts: tuple[Part, ...] = ()
     if plan.splits is not None:

@@ -17,14 +17,14 @@ from kladi.evaluate.bootstrap import Metric
 from kladi.evaluate.metrics import weighted
 from kladi.evaluate.readouts import regimes as readouts
 from kladi.evaluate.readouts.probe import LAMBDAS
-from kladi.evaluate.readouts.regimes import Answered, Found, Part, ProbeNotes, View
+from kladi.evaluate.readouts.regimes import Answered, Found, OwnAnswers, Part, ProbeNotes, View
 from kladi.evaluate.record.results import Row
 from kladi.evaluate.splits import TEST, TRAIN, Splits
 from kladi.losses import geometry as spaces
 
 T = TypeVar("T")
 Seconds = tuple[float, float]
-REGIMES = ("probe", "knn", "prototype", "retrieval", "representation")
+REGIMES = ("head", "probe", "knn", "prototype", "retrieval", "representation")
 """All that reads embeddings."""
 
 
@@ -36,6 +36,7 @@ class Method:
     z: float32[n, D], what the prototypes read, in `space`; None: the features, on the sphere.
     grey: the features are `baselines.grey_features`, still to be fitted on the training rows of each fold.
     control_of: the method whose control this is, "" for none.
+    own: answers of the classifier that was trained with the encoder, None where there is none.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Method:
     space: spaces.Geometry = field(default_factory=lambda: spaces.named("sphere"))
     grey: bool = False
     control_of: str = ""
+    own: OwnAnswers | None = None
 
     @property
     def width(self) -> int:
@@ -122,6 +124,8 @@ def measure(
     out, notes = Measured(), ProbeNotes()
     keep = Keeper(out, method.name, task, seed, config_digest, label_fraction)
     view = _view(method, task, parts)
+    if "head" in regimes:  # a method without a classifier of its own has no row
+        keep.answers(*_timed(readouts.head, view))
     for regime, run in (
         ("probe", partial(readouts.probe, lambdas=lambdas, notes=notes)),
         ("knn", partial(readouts.knn, ks=ks)),
@@ -146,7 +150,7 @@ def _view(method: Method, task: Task, parts: tuple[Part, ...]) -> View:
         fitted = tuple(baselines.fit_grey(method.features, part.of == TRAIN) for part in parts)
         return View(method.name, task, parts, fitted, fitted, method.space)
     points = method.features if method.z is None else method.z
-    return View(method.name, task, parts, (method.features,), (points,), method.space)
+    return View(method.name, task, parts, (method.features,), (points,), method.space, method.own)
 
 
 class Keeper:

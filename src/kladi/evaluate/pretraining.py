@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+import torch
+from jaxtyping import Bool, Float32
 
 from kladi.data.dataset import Dataset
+from kladi.evaluate.readouts.regimes import OwnAnswers
 from kladi.learn import journal, run_folder
 from kladi.losses import geometry as spaces
-from kladi.models import backbones
+from kladi.models import backbones, heads
 from kladi.sections import WITHOUT_LABELS
 
 MOST_POINTS = 2000
@@ -84,6 +86,14 @@ def of_run(run: Path, dataset: Dataset) -> Pretraining:
 def space_of(run: Path) -> spaces.Geometry:
     """Where a finished run's embeddings live; a curvature that was learned is the one that training ended with."""
     return _space((backbones.read_description(run)["kladi"].get("objective") or {}).get("args") or {})
+
+
+def own_answers(run: Path, z: Float32[np.ndarray, "n D"] | None) -> OwnAnswers | None:
+    """What the run's own classifier says of its embeddings; None where it trained none."""
+    found = heads.classifier(run)
+    if found is None or z is None:
+        return None
+    return OwnAnswers(found.log_probabilities(torch.from_numpy(z)).numpy(), found.nodes)
 
 
 def _space(args: Mapping[str, Any]) -> spaces.Geometry:

@@ -6,7 +6,7 @@ have its target. `presets.py` builds them by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,15 @@ class Term:
     weight: float = 1.0
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What a classifier that is trained along can say: the node of each of its columns, and those that may be the
+    answer."""
+
+    columns: Sequence[str]
+    nodes: Sequence[str]
+
+
 class Supervised(nn.Module):
     """Terms that share one encoder, one projector and one forward pass.
 
@@ -43,9 +52,12 @@ class Supervised(nn.Module):
         encoder: float[n, C, H, W] -> [n, F].
         projector: [n, F] -> [n, D].
         terms: name -> `Term`.
+        answers: of the one term that is a classifier; None where there is none.
     """
 
-    def __init__(self, encoder: nn.Module, projector: nn.Module, terms: Mapping[str, Term]) -> None:
+    def __init__(
+        self, encoder: nn.Module, projector: nn.Module, terms: Mapping[str, Term], answers: Answers | None = None
+    ) -> None:
         super().__init__()
         if not terms:
             raise ValueError("an objective needs at least one term")
@@ -53,6 +65,7 @@ class Supervised(nn.Module):
         self.losses = nn.ModuleDict({name: term.loss for name, term in terms.items()})
         self.targets = {name: term.target for name, term in terms.items()}
         self.weights = {name: term.weight for name, term in terms.items()}
+        self.answers = answers
         self.idle: dict[str, float] = {}
 
     @override

@@ -6,7 +6,7 @@ The keyword arguments of a preset's function are the schema of `objective.args`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,18 +18,23 @@ from torch import Tensor, nn
 from kladi.data.dataset import TRAIN, Dataset
 from kladi.errors import UserError, suggestion
 from kladi.learn import plugin
-from kladi.learn.classifier import LinearClassifier
-from kladi.learn.objectives import LABEL, METADATA, Siamese, Supervised, Term
+from kladi.learn.classifier import LinearClassifier, TreeClassifier
+from kladi.learn.objectives import LABEL, METADATA, Answers, Siamese, Supervised, Term
 from kladi.losses import (
+    HierarchicalCrossEntropy,
+    HierarchyAwareCrossEntropy,
     HierarchyWeightedContrastiveLoss,
     HiMulConLoss,
     LevelAwareMarginLoss,
     MultiLabelContrastiveLoss,
     NTXentLoss,
+    SoftLabelCrossEntropy,
     SupConLoss,
 )
 from kladi.losses.geometry import LearnedCurvature
+from kladi.losses.tree_cross_entropy import RowLoss
 from kladi.structure.labelset import TABLE_CLASSES, LabelSets
+from kladi.structure.parts import above
 from kladi.structure.taxonomy import Taxonomy
 
 
@@ -53,8 +58,13 @@ class Facts:
         return int((self.target >= 0).sum())
 
     @property
+    def labels(self) -> Int[np.ndarray, " C"]:
+        """The labels that occur."""
+        return np.unique(self.target[self.target >= 0])
+
+    @property
     def classes(self) -> int:
-        return len(np.unique(self.target[self.target >= 0]))
+        return len(self.labels)
 
 
 def simclr(facts: Facts, encoder: nn.Module, projector: nn.Module, *, temperature: float = 0.1) -> Supervised:  # noqa: ARG001
@@ -74,11 +84,67 @@ def supcon(
     return Supervised(encoder, projector, {**terms, **_view_term(views)})
 
 
-def cross_entropy(facts: Facts, encoder: nn.Module, projector: nn.Module) -> Supervised:
+def cross_entropy(
+    facts: Facts, encoder: nn.Module, projector: nn.Module, *, label_smoothing: float = 0.0
+) -> Supervised:
     """Each label is a class (cross-entropy of a linear classifier on the projection); the tree is not used."""
-    _require_labels(facts, "cross_entropy")
-    loss = LinearClassifier(np.unique(facts.target[facts.target >= 0]).tolist(), _dim(projector))
-    return Supervised(encoder, projector, {"cross_entropy": Term(loss, LABEL)})
+    tax = _require_labels(facts, "cross_entropy")
+    loss = LinearClassifier(facts.labels.tolist(), _dim(projector), label_smoothing)
+    names = [tax.names[label] for label in facts.labels]
+    return Supervised(encoder, projector, {"cross_entropy": Term(loss, LABEL)}, Answers(names, names))
+
+
+def tree_cross_entropy(
+    facts: Facts,
+    encoder: nn.Module,
+    projector: nn.Module,
+    *,
+    retain: float = 0.7,
+    label_smoothing: float = 0.0,
+    soft_beta: float | None = None,
+    weighting: str | None = None,
+) -> Supervised:
+    """A classifier over all nodes of the tree, whose target leaves a share with the ancestors (HACE).
+
+    A label that others are below is a partial one: it asks for its whole subtree.
+
+    Args:
+        retain, label_smoothing, soft_beta: of `HierarchyAwareCrossEntropy`.
+        weighting: unless given "anchored" where leaves lie at several depths, which keeps the loss proper there; else
+            "geometric".
+    """
+    part, place = above(_require_labels(facts, "tree_cross_entropy"), facts.labels)
+    ragged = part.is_tree and len(np.unique(part.depth[part.leaves])) > 1
+    loss = HierarchyAwareCrossEntropy(
+        part,
+        retain=retain,
+        label_smoothing=label_smoothing,
+        soft_beta=soft_beta,
+        weighting=weighting or ("anchored" if ragged else "geometric"),
+    )
+    return _over_tree("tree_cross_entropy", loss, part, place, part.names, encoder, projector)
+
+
+def hxe(
+    facts: Facts, encoder: nn.Module, projector: nn.Module, *, alpha: float = 0.1, normalise: bool = False
+) -> Supervised:
+    """A classifier over the leaves, charged for each step down the tree (HXE, a peer)."""
+    part, place = above(_require_labels(facts, "hxe"), facts.labels)
+    loss = HierarchicalCrossEntropy(part, alpha=alpha, normalise=normalise)
+    return _over_tree("hxe", loss, part, place, _leaf_names(part), encoder, projector)
+
+
+def soft_labels(facts: Facts, encoder: nn.Module, projector: nn.Module, *, beta: float = 10.0) -> Supervised:
+    """A classifier over the leaves, against labels that are soft by distance in the tree (a peer)."""
+    part, place = above(_require_labels(facts, "soft_labels"), facts.labels)
+    inner = [label for label in facts.labels.tolist() if part.children[place[label]]]
+    if inner and facts.taxonomy is not None:
+        raise UserError(
+            f'--objective.name soft_labels needs labels at leaves, and "{facts.taxonomy.names[inner[0]]}" has others '
+            f"below it; --objective.name hxe and tree_cross_entropy take it"
+        )
+    loss = SoftLabelCrossEntropy(part, beta=beta)
+    return _over_tree("soft_labels", loss, part, place, _leaf_names(part), encoder, projector)
 
 
 def metadata(
@@ -219,10 +285,13 @@ PRESETS: dict[str, Preset] = {
     "auto": auto,
     "cross_entropy": cross_entropy,
     "himulcon": himulcon,
+    "hxe": hxe,
     "label_tree": label_tree,
     "metadata": metadata,
     "simclr": simclr,
+    "soft_labels": soft_labels,
     "supcon": supcon,
+    "tree_cross_entropy": tree_cross_entropy,
 }
 
 
@@ -296,6 +365,23 @@ def _require_labels(facts: Facts, name: str) -> Taxonomy:
         only = facts.taxonomy.names[int(facts.target[facts.target >= 0][0])]
         raise UserError(f'--objective.name {name} needs two labels at least; all training images are "{only}"')
     return facts.taxonomy
+
+
+def _over_tree(
+    name: str,
+    loss: RowLoss,
+    part: Taxonomy,
+    place: Int[np.ndarray, " N"],
+    columns: Sequence[str],
+    encoder: nn.Module,
+    projector: nn.Module,
+) -> Supervised:
+    classifier = TreeClassifier(loss, torch.from_numpy(place), _dim(projector))
+    return Supervised(encoder, projector, {name: Term(classifier, LABEL)}, Answers(columns, _leaf_names(part)))
+
+
+def _leaf_names(tax: Taxonomy) -> list[str]:
+    return [tax.names[leaf] for leaf in tax.leaves]
 
 
 def _view_term(weight: float) -> dict[str, Term]:

@@ -91,7 +91,7 @@ def step_weights(tax: Taxonomy, alpha: float, normalise: bool = False) -> Float[
 # --- the losses -------------------------------------------------------------------------------------------------------
 
 
-class _RowLoss(nn.Module):
+class RowLoss(nn.Module):
     """Mean over the batch of what `rows` says; `columns` logits a row, targets among `nodes` ids."""
 
     columns: int
@@ -118,7 +118,7 @@ class _RowLoss(nn.Module):
         raise NotImplementedError
 
 
-class _PathLoss(_RowLoss):
+class _PathLoss(RowLoss):
     """What HACE and HXE share: who is below whom, the ancestors of each node, and a weight for each of them."""
 
     lineage: Tensor
@@ -278,7 +278,7 @@ class HierarchicalCrossEntropy(_PathLoss):
         return f"{self.columns} leaves, alpha={self.alpha}, normalise={self.normalise}"
 
 
-class SoftLabelCrossEntropy(_RowLoss):
+class SoftLabelCrossEntropy(RowLoss):
     """Cross-entropy against labels that are soft by distance in the tree (a peer).
 
         L = - sum_c s_y(c) log p_c,      s_y(c) = exp(-beta D(y, c)) / sum_c' exp(-beta D(y, c'))

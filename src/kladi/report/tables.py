@@ -29,6 +29,7 @@ LOWER_IS_BETTER = {
     "tree_distance_at_10",
 }
 REGIMES = {
+    "head": "The classifier trained with the encoder",
     "probe": "Linear probe on frozen features",
     "knn": "Nearest neighbours (cosine)",
     "retrieval": "Retrieval",
@@ -83,7 +84,7 @@ def _scored(results: Results) -> str:
 def _decides(comparison: Mapping[str, Any], results: Results) -> bool:
     """Whether it is the primary metric of the probe; everything else explores."""
     primary = results.get("study", {}).get("primary_metric") or "balanced_accuracy"
-    return comparison.get("metric") == primary and comparison.get("regime") in {"probe", "finetune"}
+    return comparison.get("metric") == primary and comparison.get("regime") in {"head", "probe", "finetune"}
 
 
 def _verdict(results: Results) -> list[str]:

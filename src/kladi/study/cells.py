@@ -25,7 +25,7 @@ from kladi.errors import RunStopped
 from kladi.evaluate.answers import Task
 from kladi.evaluate.embed import Embeddings
 from kladi.evaluate.measure import Keeper, Measured, Method, measure
-from kladi.evaluate.pretraining import seen_rows, space_of
+from kladi.evaluate.pretraining import own_answers, seen_rows, space_of
 from kladi.evaluate.readouts.finetune import fine_tune
 from kladi.evaluate.readouts.published import COMPAT, Published, Regime, published
 from kladi.evaluate.readouts.regimes import Part
@@ -251,9 +251,13 @@ def _frozen(cell: Cell, context: Context) -> Measured:
     arm, asked, study = context.arm(cell.arm), context.asked[cell.question], context.study
     source = _source(arm, context)
     embedded = prepared(source, cell.seed, context)
-    pretrained = source.kind == "pretrained"
-    space = space_of(context.run_of(source, cell.seed)) if pretrained else spaces.named("sphere")
-    method = Method(arm.name, embedded.features, embedded.z, space, arm.kind == "histogram", arm.control_of)
+    space, own = spaces.named("sphere"), None
+    if source.kind == "pretrained":
+        run = context.run_of(source, cell.seed)
+        space, own = space_of(run), own_answers(run, embedded.z)
+    own = None if arm.kind == "shuffled_labels" else own  # it was trained on the true ones
+    grey = arm.kind == "histogram"
+    method = Method(arm.name, embedded.features, embedded.z, space, grey, arm.control_of, own)
     parts = context.parts(cell)
     ask_each, regimes = [(asked.task, parts)], list(study.frozen)
     if arm.kind == "shuffled_labels":  # other targets in every fold, so every fold is measured by itself

@@ -35,7 +35,7 @@ from kladi.study.arms import Arm
 from kladi.study.cells import Context
 
 Say = Callable[[str], None]
-DECIDING = ("probe", "finetune")
+DECIDING = ("head", "probe", "finetune")
 """Regimes whose primary metric is in the family that Holm's correction is made over."""
 
 

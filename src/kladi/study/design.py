@@ -51,7 +51,7 @@ from kladi.evaluate.measure import REGIMES as FROZEN
 from kladi.evaluate.readouts.finetune import Recipe
 from kladi.learn.presets import PRESETS
 
-Regime = Literal["probe", "knn", "prototype", "retrieval", "representation", "finetune"]
+Regime = Literal["head", "probe", "knn", "prototype", "retrieval", "representation", "finetune"]
 Primary = Literal["balanced_accuracy", "auc", "accuracy", "macro_f1"]
 Control = Literal[
     "shuffled_metadata",

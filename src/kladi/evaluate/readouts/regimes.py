@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Float, Float32, Int
 
 from kladi.evaluate import metrics
 from kladi.evaluate.answers import Answers, RowMean, Task, Value, said
@@ -37,12 +37,21 @@ class Part:
 
 
 @dataclass(frozen=True)
+class OwnAnswers:
+    """What the classifier says that was trained with the encoder: log probabilities float[n, A] of `names`, nodes."""
+
+    log_p: Float[np.ndarray, "n A"]
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class View:
     """What one method shows in every fold.
 
     features: float32[n, F] of each fold, what the probe, the votes and the retrieval read; one matrix for all folds, or
         as many as folds where they were fitted on training rows.
     points: the same for what the prototypes read, in `space`.
+    own: answers that need nothing fitted; None where the method has none.
     """
 
     method: str
@@ -51,6 +60,7 @@ class View:
     features: tuple[Float32[np.ndarray, "n F"], ...]
     points: tuple[Float32[np.ndarray, "n D"], ...]
     space: spaces.Geometry
+    own: OwnAnswers | None = None
 
     def target(self, rows: Int[np.ndarray, " m"]) -> Int[np.ndarray, " m"]:
         return self.task.target[rows]
@@ -139,6 +149,30 @@ def prototype(view: View) -> Iterator[Answered]:
         )
         pred = classes[distance.argmin(axis=1)]
         yield part, Answers(view.method, "prototype", part.fold, part.repeat, test, pred, None, classes)
+
+
+def head(view: View) -> Iterator[Answered]:
+    """The answers of the classifier that was trained with the encoder, on the test rows; nothing is fitted.
+
+    An answer below a class that is scored counts as that class, with the sum of the probabilities.
+    """
+    if view.own is None:
+        return
+    tax, scored = view.task.taxonomy, set(np.unique(view.task.target[view.task.target >= 0]).tolist())
+    known = [(column, int(tax.index(name))) for column, name in enumerate(view.own.names) if name in tax]
+    if not known:
+        return
+    nodes = [next((int(v) for v in tax.ancestors(node)[::-1] if int(v) in scored), node) for _, node in known]
+    classes, place = np.unique(nodes, return_inverse=True)
+    log_p = view.own.log_p[:, [column for column, _ in known]].astype(np.float64)
+    summed = np.full((len(log_p), len(classes)), -np.inf)
+    for column, c in enumerate(place):
+        summed[:, c] = np.logaddexp(summed[:, c], log_p[:, column])
+    for part in view.parts:
+        test = part.rows(TEST)
+        if len(test):
+            pred = classes[summed[test].argmax(axis=1)]
+            yield part, Answers(view.method, "head", part.fold, part.repeat, test, pred, summed[test], classes)
 
 
 def retrieval(view: View) -> Iterator[Found]:
