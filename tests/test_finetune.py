@@ -14,6 +14,7 @@ from kladi.evaluate.answers import Task
 from kladi.evaluate.evaluation import random_encoder
 from kladi.evaluate.measure import parts_of
 from kladi.evaluate.readouts import finetune
+from kladi.evaluate.readouts.criteria import Criterion, judges
 from kladi.evaluate.readouts.finetune import Recipe, fine_tune
 from kladi.evaluate.splits import TEST, TRAIN, UNUSED, VAL, make_splits
 from kladi.structure.taxonomy import Taxonomy
@@ -72,7 +73,10 @@ def test_test_labels_and_rows_outside_the_fold_change_nothing(setting):
 def test_the_start_is_the_probe_of_settled_features(setting):
     """Running statistics of the training rows, then their probe: nothing of the encoder's own is read."""
     encoder, data, task, part, config = setting
-    model, classes = finetune._start(encoder, data, task, part, config.intensity, "cpu")
+    own, probes, problem = finetune._start(encoder, data, task, part, config.intensity, "cpu")
+    classes = probes.classes
+    (judge,) = judges(Criterion(), task.taxonomy, classes)
+    model = finetune.Classifier(own, finetune._head(probes, problem, judge))
     train = part.rows(TRAIN)
     first = next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
     seen = []
@@ -87,7 +91,9 @@ def test_the_start_is_the_probe_of_settled_features(setting):
         for module in encoder.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.running_mean += 3
-    again, _ = finetune._start(encoder, data, task, part, config.intensity, "cpu")
+    again = finetune.Classifier(
+        finetune._start(encoder, data, task, part, config.intensity, "cpu")[0], finetune._head(probes, problem, judge)
+    )
     encoder.load_state_dict(before)
     for name, tensor in again.state_dict().items():
         torch.testing.assert_close(tensor, model.state_dict()[name])
@@ -98,9 +104,9 @@ def test_the_best_look_is_kept_as_a_copy(setting, monkeypatch):
     seen = []
     keep = finetune._keep
 
-    def scored(model, dataset, task, val, intensity, classes, best):
+    def scored(model, fold, best):
         before = best.state
-        keep(model, dataset, task, val, intensity, classes, best)
+        keep(model, fold, best)
         if len(seen) != 1:  # only the second look counts
             best.state = before
         else:

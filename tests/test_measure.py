@@ -60,8 +60,9 @@ def test_every_regime_and_metric_with_its_n_and_patients(found):
     for regime in ("probe", "knn", "prototype"):
         there = {metric for r, metric in rows if r == regime}
         calibration = {"calibration_error", *(f"calibration_error_{level}" for level in (1, 2, 3))}
+        distances = {f"hierarchical_distance_at_{k}" for k in (1, 5)} | {"least_cost_distance", "least_cost_accuracy"}
         extra = {
-            "probe": {"auc", *calibration},
+            "probe": {"auc", *calibration, *distances},
             "knn": {"auc"},
             "prototype": {"parent_violation_rate", *(f"violation_rate_{level}" for level in (1, 2, 3))},
         }
@@ -106,6 +107,8 @@ def test_rows_are_what_the_metrics_say_of_the_answers(found):
             mean_height = metrics.lca_height(answers.pred, task.target[answers.rows], TREE).mean()
             severity = rows[key[0], "mistake_severity", key[1], key[2]]
             assert (1 - accuracy) * severity == pytest.approx(mean_height)
+            if answers.regime == "probe":
+                assert rows["probe", "hierarchical_distance_at_1", key[1], key[2]] == pytest.approx(mean_height)
 
 
 def test_weights_of_one_give_every_value(found):
@@ -118,7 +121,7 @@ def test_weights_of_one_give_every_value(found):
         expected = rows[one.regime, one.metric, one.fold, one.repeat]
         assert value == pytest.approx(expected, nan_ok=True), (one.regime, one.metric)
         seen.add((one.regime, one.metric))
-    assert len(seen) == 3 * 7 + 2 + 7 + 1  # flat, tree; auc of probe and knn; retrieval; parent violation
+    assert len(seen) == 3 * 7 + 2 + 2 + 7 + 1  # flat, tree; auc; distances of the probe; retrieval; parent violation
 
 
 def test_structure_is_found_where_it_is(found):

@@ -113,7 +113,7 @@ def changed(folder, *pairs, name="other.toml"):
     ("old", "new", "said"),
     [
         ('reference = "simclr"', 'reference = "simcrl"', r'"simcrl" is no method; closest: "simclr"'),
-        ('regimes = ["probe"]', 'regimes = ["prob"]', r'regimes = "prob" is not one of probe.*closest: "probe"'),
+        ('regimes = ["probe"]', 'regimes = ["prob"]', r'regimes = "prob" is not one of head, probe.*closest: "probe"'),
         ("folds = 3", 'folds = 3\ncontrols_of = ["simcrl"]', r'controls_of = "simcrl" is no method; closest: "simclr"'),
         ("repeats = 2", "repeat = 2", r'repeat is no key of a study; closest: "repeats"'),
         ("folds = 3", "folds = 2", r"folds 2: takes 3 to 100"),
@@ -540,6 +540,75 @@ def test_a_study_measures_a_shift(ward, tmp_path):
     one.write_text(one.read_text().replace("manifest.csv", "one.csv"))
     with pytest.raises(UserError, match=r'shift = "site" has 1 value here; it takes two'):
         compare(one, tmp_path / "T")
+
+
+CLASSIFIERS = """
+name = "losses"
+data = "manifest.csv"
+reference = "flat"
+regimes = ["head", "probe", "finetune"]
+folds = 3
+repeats = 1
+seeds = 1
+bootstrap = 50
+controls = ["shuffled_tree"]
+[settings]
+data.held_out = 0.5
+data.store = "store"
+intensity.size = 16
+encoder.name = "test_efficientnet"
+encoder.projector = [16, 8]
+train.batch = 16
+train.epochs = 1
+[finetune]
+steps = 4
+epochs = 0
+scales = [1.0]
+looks = 2
+[methods.flat]
+objective.name = "cross_entropy"
+classify = { loss = "cross_entropy", label_smoothing = [0.0, 0.1] }
+[methods.tree]
+objective.name = "tree_cross_entropy"
+classify = { loss = "hace", retain = [0.5, 0.8] }
+[methods.hxe]
+objective.name = "hxe"
+classify = { loss = "hxe", alpha = 0.2 }
+[tasks.all]
+"""
+
+
+@pytest.mark.slow
+def test_a_study_of_losses(ward, tmp_path):
+    file = ward / "losses.toml"
+    file.write_text(CLASSIFIERS)
+    compare(file, tmp_path / "L")
+    found = results.read(tmp_path / "L")
+    values = {
+        (row["method"], row["regime"]): row["value"] for row in found["rows"] if row["metric"] == "calibration_error"
+    }
+    methods = ["flat", "tree", "tree, shuffled_tree", "hxe", "hxe, shuffled_tree"]
+    assert set(values) == {(m, r) for m in methods for r in ("head", "probe", "finetune")}
+    assert all(value is not None for value in values.values())
+    for name in ("head", "probe", "finetune"):
+        assert values["tree", name] != values["tree, shuffled_tree", name]
+    context = cells.context(file, tmp_path / "L")
+    digests = {arm.name: cells.digest(cells.Cell(arm.name, 0, "all", "frozen"), context) for arm in context.arms}
+    assert len(set(digests.values())) == len(digests)
+
+
+@pytest.mark.parametrize(
+    ("classify", "said"),
+    [
+        ('{ loss = "hase" }', r'methods.simclr.classify.loss = "hase" is not one of .*closest: "hace"'),
+        ('{ loss = "hace", retan = 0.2 }', r'methods.simclr.classify.retan is no argument of hace; closest: "retain"'),
+        ('"hace"', r"classify is a table"),
+    ],
+)
+def test_a_mistake_in_a_criterion_is_named(ward, classify, said):
+    file = changed(ward, ('objective.name = "simclr"', f'objective.name = "simclr"\nclassify = {classify}'))
+    with pytest.raises(UserError, match=said):
+        design.read(file)
 
 
 def test_only_rows_that_pretraining_has_not_seen_are_asked():

@@ -22,6 +22,9 @@ PRIMARY = "balanced_accuracy"
 LOWER_IS_BETTER = frozenset(
     {
         "calibration_error",
+        "hierarchical_distance_at_1",
+        "hierarchical_distance_at_5",
+        "least_cost_distance",
         "mistake_severity",
         "parent_violation_rate",
         "tree_distance_at_1",
@@ -134,6 +137,23 @@ def values(answers: Answers, task: Task) -> Iterator[Value]:
             why = reason if math.isnan(value) else ""
             yield Value(f"level_accuracy_{level}", float(value), answers.rows[tax.depth[true] >= level], why)
     yield from _calibration(answers, task)
+    yield from _distances(answers, task)
+
+
+def _distances(answers: Answers, task: Task) -> Iterator[Value]:
+    """How far from the truth the likeliest classes lie, and the answer of least expected cost."""
+    if answers.scores is None or answers.regime not in PROBABILISTIC or not task.has_levels or not len(answers.rows):
+        return
+    true, tax, classes = task.target[answers.rows], task.taxonomy, answers.classes
+    ranked = classes[np.argsort(-answers.scores, axis=1, kind="stable")]
+    for k in (1, 5):
+        if k <= min(len(classes), len(tax.leaves)):
+            value, reason = said(lambda k=k: metrics.hierarchical_distance_at_k(ranked, true, tax, k))
+            yield Value(f"hierarchical_distance_at_{k}", value, answers.rows, reason)
+    cheapest = metrics.least_cost(answers.scores, classes, tax)
+    distance = metrics.lca_height(cheapest, true, tax).astype(np.float64)
+    yield Value("least_cost_distance", float(distance.mean()), answers.rows)
+    yield Value("least_cost_accuracy", metrics.accuracy(cheapest, true), answers.rows)
 
 
 def _calibration(answers: Answers, task: Task) -> Iterator[Value]:
@@ -171,6 +191,11 @@ def resampled(answers: Answers, task: Task) -> dict[str, Metric]:
         found["tree_accuracy"] = weighted.mean(np.maximum(0.0, 1 - d / D) if D else (d == 0).astype(np.float64))
         height = metrics.lca_height(pred, true, tax).astype(np.float64)
         found["mistake_severity"] = weighted.mean(height, pred != true)
+        if answers.scores is not None and answers.regime in PROBABILISTIC:
+            found["hierarchical_distance_at_1"] = weighted.mean(height)
+            cheapest = metrics.least_cost(answers.scores, answers.classes, tax)
+            distance = metrics.lca_height(cheapest, true, tax).astype(np.float64)
+            found["least_cost_distance"] = weighted.mean(distance)
     return found
 
 

@@ -255,6 +255,7 @@ def _figures(
         "severity": figures.severity(answers, task, names) if task else {},
         "levels": figures.by_depth(rows, "level_accuracy_", figures.REGIME, names),
         "calibration": figures.by_depth(rows, "calibration_error_", figures.REGIME, names),
+        "stopping": figures.stopping(answers, task, names) if task else [],
         "tree": figures.tree(answers, task, encoder.name) if task else [],
         "parents": figures.parents(answers, task, names) if task else [],
         "violations": figures.by_depth(rows, "violation_rate_", "prototype", names),

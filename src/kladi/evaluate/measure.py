@@ -16,8 +16,10 @@ from kladi.evaluate.answers import PRIMARY, Answers, RowMean, Task, Value, resam
 from kladi.evaluate.bootstrap import Metric
 from kladi.evaluate.metrics import weighted
 from kladi.evaluate.readouts import regimes as readouts
+from kladi.evaluate.readouts.criteria import Criterion
 from kladi.evaluate.readouts.probe import LAMBDAS
 from kladi.evaluate.readouts.regimes import Answered, Found, OwnAnswers, Part, ProbeNotes, View
+from kladi.evaluate.readouts.tree_probe import tree_probe
 from kladi.evaluate.record.results import Row
 from kladi.evaluate.splits import TEST, TRAIN, Splits
 from kladi.losses import geometry as spaces
@@ -105,6 +107,7 @@ def measure(
     lambdas: tuple[float, ...] = LAMBDAS,
     label_fraction: float = 1.0,
     regimes: Collection[str] = REGIMES,
+    criterion: Criterion | None = None,
 ) -> Measured:
     """The regimes of one method under the given folds.
 
@@ -118,6 +121,7 @@ def measure(
         lambdas: penalties to choose from on validation rows.
         label_fraction: kept in the rows; the folds themselves say who is trained on.
         regimes: of `REGIMES`.
+        criterion: by what loss the probe is trained; None: cross-entropy, by its own solver.
 
     A fold in which a regime cannot be run, say with one class to train on, gives a row with a reason, never an error.
     """
@@ -126,8 +130,11 @@ def measure(
     view = _view(method, task, parts)
     if "head" in regimes:  # a method without a classifier of its own has no row
         keep.answers(*_timed(readouts.head, view))
+    probe: Callable[[View], Iterator[Answered]] = partial(readouts.probe, lambdas=lambdas, notes=notes)
+    if criterion is not None and not criterion.plain:
+        probe = partial(tree_probe, criterion=criterion, seed=seed)
     for regime, run in (
-        ("probe", partial(readouts.probe, lambdas=lambdas, notes=notes)),
+        ("probe", probe),
         ("knn", partial(readouts.knn, ks=ks)),
         ("prototype", readouts.prototype),
     ):

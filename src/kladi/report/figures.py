@@ -27,6 +27,7 @@ def all_figures(results: Results, atlas: Mapping[str, Any] | None) -> dict[str, 
         "idle": _idle(extra.get("curves") or []),
         "levels": _levels(extra.get("levels") or {}),
         "calibration": _levels(extra.get("calibration") or {}, "calibration error"),
+        "stopping": _stopping(extra.get("stopping") or []),
         "tree": _tree(extra.get("tree") or []),
         "ball": _ball(extra.get("ball") or {}),
         "violations": _levels(extra.get("violations") or {}, "share of samples nearer to a wrong node"),
@@ -172,6 +173,27 @@ def _levels(levels: Mapping[str, list[Any]], y: str = "accuracy") -> Figure | No
         for i, (method, values) in enumerate(levels.items())
     ]
     return figure_of(traces, "", y, barmode="group")
+
+
+def _stopping(stops: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Precision against the depth of the answers, a line a method; a point is a threshold."""
+    lines: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for stop in stops:
+        lines[f"{stop['method']}, {stop['regime']}"].append(stop)
+    traces = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": plain(name),
+            "x": [s["depth"] for s in mine],
+            "y": [s["precision"] for s in mine],
+            "text": [f"threshold {s['threshold']:g}, {s['answered']:.0%} answered" for s in mine],
+            "hovertemplate": "%{text}<br>depth %{x:.2f}, precision %{y:.3f}",
+            "line": {"color": COLOURS[i % len(COLOURS)]},
+        }
+        for i, (name, mine) in enumerate(lines.items())
+    ]
+    return figure_of(traces, "mean depth of the answers", "hierarchical precision")
 
 
 def _tree(nodes: Sequence[Mapping[str, Any]]) -> Figure | None:

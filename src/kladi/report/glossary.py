@@ -17,6 +17,8 @@ GLOSSARY = {
     "mistake_severity": "among the errors, mean height of the lowest common ancestor of answer and truth",
     "parent_violation_rate": "share nearer to another prototype of their parent's depth than to their parent's",
     "calibration_error": "mean distance of the stated probability from the share of right answers; 0 is honest",
+    "hierarchical_distance_at_1": "mean of that height over all images, right ones counting 0; at 5, of 5 classes",
+    "least_cost_distance": "the same for the answer of least expected height instead of the likeliest class",
     "tree_distance_at_1": "tree distance to the nearest training image over the largest there is; at 5, mean of the 5",
     "recall_at_1": "share of test images whose nearest training image has their class; at 5, one of the 5 nearest",
     "mean_average_precision": "how far up a query's own class stands in the whole ranking",

@@ -18,10 +18,15 @@ METRIC_ORDER = (
     "hierarchical_f1_macro",
     "tree_accuracy",
     "mistake_severity",
+    "hierarchical_distance_at_1",
+    "least_cost_distance",
     "parent_violation_rate",
 )
 LOWER_IS_BETTER = {
     "calibration_error",
+    "hierarchical_distance_at_1",
+    "hierarchical_distance_at_5",
+    "least_cost_distance",
     "mistake_severity",
     "parent_violation_rate",
     "tree_distance_at_1",

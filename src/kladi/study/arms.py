@@ -10,11 +10,12 @@ import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int
 
 from kladi import __version__
 from kladi import config as settings
@@ -24,6 +25,8 @@ from kladi.evaluate import baselines
 from kladi.evaluate.controls import shuffled_leaves
 from kladi.evaluate.embed import Embeddings, describe, embed
 from kladi.evaluate.evaluation import random_encoder
+from kladi.evaluate.readouts.criteria import Criterion
+from kladi.evaluate.readouts.regimes import OwnAnswers
 from kladi.learn import console, presets, run_folder, training
 from kladi.learn.fit import fit
 from kladi.models import backbones, heads
@@ -35,6 +38,8 @@ from kladi.study.questions import over_patients
 TEMPERATURES = (0.5, 0.7, 1.0, 1.4, 2.0)
 """Factors of the temperature at which SupCon stands against a weighted loss."""
 SITES = ("site", "source")
+TREES = ("himulcon", "hxe", "label_tree", "soft_labels", "tree_cross_entropy")
+"""Objectives that read a tree."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Arm:
         reference's embeddings, with training labels that mean nothing).
     shuffled: what pretraining sees dealt out anew: "metadata", "tree" or nothing.
     control_of: the method whose control it is, "" for none.
+    classify: by what loss its classifiers are trained.
     """
 
     name: str
@@ -53,6 +59,7 @@ class Arm:
     kind: str
     shuffled: str = ""
     control_of: str = ""
+    classify: Criterion = field(default_factory=Criterion)
 
     @property
     def drawn(self) -> bool:
@@ -99,7 +106,7 @@ def arms(study: Study) -> tuple[Arm, ...]:
     used: set[str] = set()
     for method in study.methods:
         config = settings.override(study.config, method.settings)
-        arm = Arm(method.name, config, _kind(config))
+        arm = Arm(method.name, config, _kind(config), classify=method.classify)
         found.append(arm)
         for control in study.controls:
             under = _under(arm, control, study)
@@ -186,13 +193,7 @@ def shuffled(arm: Arm, seed: int, dataset: Dataset) -> Dataset:
         raise UserError("no rows to train on: the split calls none of them train")
     generator = np.random.default_rng([seed, 0x73687566])
     if arm.shuffled == "tree":
-        if dataset.taxonomy is None:
-            raise UserError("shuffled_tree needs labels")
-        used = np.unique(dataset.target[rows][dataset.target[rows] >= 0])
-        try:
-            place, _ = shuffled_leaves(dataset.taxonomy, used, seed)
-        except ValueError as error:
-            raise UserError(f"shuffled_tree of {arm.control_of}: {error}") from error
+        place = _places(arm, seed, dataset)
         return dataclasses.replace(
             dataset, target=np.where(dataset.target >= 0, place[np.maximum(dataset.target, 0)], -1)
         )
@@ -205,6 +206,26 @@ def shuffled(arm: Arm, seed: int, dataset: Dataset) -> Dataset:
             dealt[part] = over_patients(sets.class_id[part], dataset.group[part], generator)
         return dataclasses.replace(dataset, label_sets=dataclasses.replace(sets, class_id=dealt))
     return dataset
+
+
+def _places(arm: Arm, seed: int, dataset: Dataset) -> Int[np.ndarray, " N"]:
+    """The node that each node is trained as where the tree is shuffled."""
+    if dataset.taxonomy is None:
+        raise UserError("shuffled_tree needs labels")
+    target = dataset.target[dataset.split == TRAIN]
+    try:
+        return shuffled_leaves(dataset.taxonomy, np.unique(target[target >= 0]), seed)[0]
+    except ValueError as error:
+        raise UserError(f"shuffled_tree of {arm.control_of}: {error}") from error
+
+
+def in_true_names(own: OwnAnswers | None, arm: Arm, seed: int, dataset: Dataset) -> OwnAnswers | None:
+    """What an encoder's own classifier says, in the names that the labels had before the tree was shuffled."""
+    if own is None or arm.shuffled != "tree" or dataset.taxonomy is None:
+        return own
+    names = dataset.taxonomy.names
+    meant = {names[place]: names[node] for node, place in enumerate(_places(arm, seed, dataset))}
+    return OwnAnswers(own.log_p, tuple(meant.get(name, name) for name in own.names))
 
 
 def images_seen(arm: Arm, dataset: Dataset) -> int:
@@ -237,8 +258,10 @@ def _under(arm: Arm, control: str, study: Study) -> list[Arm]:
         return [
             Arm(f"{arm.name}, {control}", arm.config, "pretrained", shuffled=control.removeprefix("shuffled_"), **of)
         ]
-    if chosen and control == "shuffled_tree" and objective == "label_tree":
-        return [Arm(f"{arm.name}, {control}", arm.config, "pretrained", shuffled="tree", **of)]
+    if chosen and control == "shuffled_tree" and (arm.classify.reads_tree or objective in TREES):
+        dealt = dataclasses.replace(arm.classify, shuffled=arm.classify.reads_tree)
+        pretraining = "tree" if objective in TREES else ""
+        return [Arm(f"{arm.name}, {control}", arm.config, arm.kind, pretraining, arm.name, dealt)]
     if chosen and control == "matched_temperature" and objective == "label_tree":
         usual = number_of(arm, "temperature", 0.1)
         bare = dataclasses.replace(arm.config, objective=settings.Objective("supcon"))

@@ -13,6 +13,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
@@ -214,7 +215,7 @@ def cells(context: Context) -> list[Cell]:
 def digest(cell: Cell, context: Context) -> str:
     """Over everything that decides what the cell holds."""
     arm, asked, study = context.arm(cell.arm), context.asked[cell.question], context.study
-    said = [
+    said: list[Any] = [
         __version__,
         asdict(cell),
         _source(arm, context).digest(cell.seed, context.data_digest),
@@ -223,6 +224,8 @@ def digest(cell: Cell, context: Context) -> str:
         study.seeds,
         study.frozen if cell.regime == "frozen" else _recipe(study, arm),
     ]
+    if not arm.classify.plain:
+        said.append(asdict(arm.classify))
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
@@ -254,7 +257,8 @@ def _frozen(cell: Cell, context: Context) -> Measured:
     space, own = spaces.named("sphere"), None
     if source.kind == "pretrained":
         run = context.run_of(source, cell.seed)
-        space, own = space_of(run), own_answers(run, embedded.z)
+        space = space_of(run)
+        own = every.in_true_names(own_answers(run, embedded.z), source, cell.seed, context.dataset)
     own = None if arm.kind == "shuffled_labels" else own  # it was trained on the true ones
     grey = arm.kind == "histogram"
     method = Method(arm.name, embedded.features, embedded.z, space, grey, arm.control_of, own)
@@ -266,7 +270,15 @@ def _frozen(cell: Cell, context: Context) -> Measured:
         regimes = [regime for regime in regimes if regime not in {"representation", "retrieval"}]
     out = Measured()
     for task, chosen in ask_each:
-        one = measure(method, task, chosen, seed=cell.seed, label_fraction=cell.fraction, regimes=regimes)
+        one = measure(
+            method,
+            task,
+            chosen,
+            seed=cell.seed,
+            label_fraction=cell.fraction,
+            regimes=regimes,
+            criterion=arm.classify,
+        )
         out.rows += one.rows
         out.answers += one.answers if cell.fraction == 1 else []
         out.means += one.means if cell.fraction == 1 else []
@@ -305,7 +317,10 @@ def _trained(cell: Cell, context: Context) -> Measured:
         answers = published(encoder, data, task, part, how, regime, recipe, method=name, seed=seed, device=device)
     else:
         config, recipe = study.config, study.finetune
-        answers = fine_tune(encoder, data, task, part, config, recipe, method=name, seed=seed, device=device)
+        how = arm.classify
+        answers = fine_tune(
+            encoder, data, task, part, config, recipe, criterion=how, method=name, seed=seed, device=device
+        )
     out = Measured()
     keep = Keeper(out, arm.name, asked.task, cell.seed)
     if answers is None:

@@ -21,6 +21,9 @@ objective.name = "metadata"
 objective.name = "simclr"
 [methods.scratch]
 objective.name = "none"                # not pretrained: random weights, or those of init.weights
+[methods.tree]                         # by what loss probe and fine-tuning train; of a list, validation rows choose
+objective.name = "none"
+classify = { loss = "hace", retain = [0.2, 0.5, 0.7] }
 
 [tasks.breast]                         # one class a node, with all that is below it ...
 classes = { benign = ["US/breast/benign"], malignant = ["US/breast/malignant"] }
@@ -48,6 +51,8 @@ from kladi import config as settings
 from kladi.data.rows.columns import means
 from kladi.errors import UserError, suggestion
 from kladi.evaluate.measure import REGIMES as FROZEN
+from kladi.evaluate.readouts import criteria
+from kladi.evaluate.readouts.criteria import Criterion
 from kladi.evaluate.readouts.finetune import Recipe
 from kladi.learn.presets import PRESETS
 
@@ -95,10 +100,12 @@ RECIPE_RANGES: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class Method:
-    """An initialisation as the study names it: settings of its pretraining, on top of the study's own."""
+    """An initialisation as the study names it: settings of its pretraining, on top of the study's own, and by what loss
+    its classifiers are trained."""
 
     name: str
     settings: Mapping[str, Any]
+    classify: Criterion = field(default_factory=Criterion)
 
 
 @dataclass(frozen=True)
@@ -167,7 +174,10 @@ class Study(Terms):
         content = dataclasses.asdict(self)
         content["data"] = ""
         content["config"] = _pathless(settings.to_dict(self.config))
-        content["methods"] = [[m.name, {k: v for k, v in m.settings.items() if k not in PATHS}] for m in self.methods]
+        content["methods"] = [
+            [m.name, {k: v for k, v in m.settings.items() if k not in PATHS}, dataclasses.asdict(m.classify)]
+            for m in self.methods
+        ]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=list).encode()).hexdigest()
 
 
@@ -253,11 +263,19 @@ def _require_sense(study: Study) -> None:
     classifiers = {"probe", "knn", "prototype"} & set(study.frozen)
     if "shuffled_labels" in study.controls and not classifiers:
         raise UserError('control "shuffled_labels" needs a regime that classifies: probe, knn or prototype')
+    trees = [method.name for method in study.methods if not method.classify.plain]
+    if study.compat and trees:
+        raise UserError(f'methods.{trees[0]}.classify has no say under compat = "{study.compat}", whose loss is fixed')
     if study.compat and study.finetune != Recipe():
         raise UserError(f'[finetune] has no say under compat = "{study.compat}", whose recipe is fixed')
 
 
 def _method(name: str, table: Mapping[str, Any], folder: Path, config: settings.Config) -> Method:
+    table = dict(table)
+    classify = Criterion()
+    if "classify" in table:
+        classify = criteria.read(_table(table, "classify"), f"methods.{name}.classify")
+        del table["classify"]
     given = {key: _path(key, value, folder) for key, value in _dotted(table).items()}
     for key in given:
         section = key.partition(".")[0]
@@ -279,7 +297,7 @@ def _method(name: str, table: Mapping[str, Any], folder: Path, config: settings.
             f'methods.{name}: objective.name = "{objective}" is not one of {", ".join(options)}, nor my_file.py:MyLoss'
             + suggestion(objective, options)
         )
-    return Method(name, given)
+    return Method(name, given, classify)
 
 
 def _question(name: str, table: Mapping[str, Any]) -> Question:

@@ -1,9 +1,10 @@
 """Every metric of kladi: pure functions of NumPy arrays or tensors, float out; undefined is nan, never zero.
 
 `flat`: right or wrong, ranking, calibration. `hierarchical`: they know the tree. `geometric`: distances, neighbours,
-collapse. `from kladi.evaluate import metrics` is all a script needs.
+collapse. `decisions`: from probabilities to answers. `from kladi.evaluate import metrics` is all a script needs.
 """
 
+from kladi.evaluate.metrics.decisions import Stop, least_cost, node_probabilities, stop_at, stopped_at
 from kladi.evaluate.metrics.flat import (
     UndefinedMetric,
     accuracy,
@@ -50,6 +51,7 @@ from kladi.evaluate.metrics.hierarchical import (
 )
 
 __all__ = [
+    "Stop",
     "UndefinedMetric",
     "accuracy",
     "accuracy_below",
@@ -67,6 +69,7 @@ __all__ = [
     "hierarchical_precision",
     "hierarchical_recall",
     "lca_height",
+    "least_cost",
     "level_accuracy",
     "level_calibration_error",
     "level_violation_rates",
@@ -75,6 +78,7 @@ __all__ = [
     "maximum_calibration_error",
     "mistake_severity",
     "negative_log_likelihood",
+    "node_probabilities",
     "node_prototypes",
     "parent_violation_rate",
     "per_dimension_std",
@@ -83,6 +87,8 @@ __all__ = [
     "retrieval_recall_at_k",
     "roc_auc",
     "roc_auc_per_class",
+    "stop_at",
+    "stopped_at",
     "tree_accuracy",
     "tree_distance",
     "triplet_violation_rate",

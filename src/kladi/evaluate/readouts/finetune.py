@@ -27,6 +27,7 @@ from kladi.data.views.batch import Batch
 from kladi.data.views.loader import Loader
 from kladi.evaluate import metrics
 from kladi.evaluate.answers import Answers, Task, column_of, said
+from kladi.evaluate.readouts.criteria import Criterion, Judge, judges
 from kladi.evaluate.readouts.probe import Probes, choose, fit_probes
 from kladi.evaluate.readouts.regimes import Part, cannot
 from kladi.evaluate.splits import TEST, TRAIN, VAL
@@ -74,10 +75,24 @@ class Classifier(nn.Module):
 
 @dataclass
 class _Best:
-    """The best state so far, copied: a reference would go on changing under the optimiser."""
+    """The best state so far, copied: a reference would go on changing under the optimiser; and whose it is."""
 
     score: tuple[float, float] = (-math.inf, -math.inf)
     state: dict[str, Tensor] | None = None
+    judge: Judge | None = None
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """What one training is about."""
+
+    dataset: Dataset
+    task: Task
+    part: Part
+    config: settings.Config
+    recipe: Recipe
+    judge: Judge
+    classes: Int[np.ndarray, " C"]
 
 
 def fine_tune(
@@ -88,6 +103,7 @@ def fine_tune(
     config: settings.Config,
     recipe: Recipe | None = None,
     *,
+    criterion: Criterion | None = None,
     method: str = "encoder",
     seed: int = 0,
     device: str = "cpu",
@@ -108,6 +124,7 @@ def fine_tune(
         part: the fold.
         config: `augment` flips and `intensity`.
         recipe: None: the default one.
+        criterion: what is minimised; None: cross-entropy. Each variant is tried at each scale.
         seed: of the order, the views and whatever is random inside the encoder.
 
     Returns:
@@ -116,26 +133,29 @@ def fine_tune(
     if cannot(part, task):
         return None
     recipe = recipe or Recipe()
-    start, classes = _start(encoder, dataset, task, part, config.intensity, device)
-    best = _Best()
+    own, probes, problem = _start(encoder, dataset, task, part, config.intensity, device)
+    classes, best = probes.classes, _Best()
+    every = [j.to(device) for j in judges(criterion or Criterion(), task.taxonomy, classes, seed)]
+    start = [Classifier(own, _head(probes, problem, judge)).to(device) for judge in every]
     devices = [torch.device(device).index or 0] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        for scale in recipe.scales:
-            _train(copy.deepcopy(start), dataset, task, part, config, recipe, scale, classes, seed, best)
-    if best.state is None:
+        for (judge, model), scale in itertools.product(zip(every, start, strict=True), recipe.scales):
+            fold = _Fold(dataset, task, part, config, recipe, judge, classes)
+            _train(copy.deepcopy(model), fold, scale, seed, best)
+    if best.state is None or best.judge is None:
         return None
-    model = start
+    model = start[every.index(best.judge)]
     model.load_state_dict(best.state)
     test = part.rows(TEST)
-    scores = log_probabilities(model, dataset, test, config.intensity).numpy().astype(np.float64)
+    scores = log_probabilities(model, dataset, test, config.intensity, best.judge).numpy().astype(np.float64)
     pred = classes[scores.argmax(axis=1)]
     return Answers(method, "finetune", part.fold, part.repeat, test, pred, scores, classes)
 
 
 def _start(
     encoder: Encoder, dataset: Dataset, task: Task, part: Part, intensity: settings.Intensity, device: str
-) -> tuple[Classifier, Int[np.ndarray, " C"]]:
-    """The encoder with the batch statistics of the training rows, and the probe of its features as its head."""
+) -> tuple[Encoder, Probes, int]:
+    """The encoder with the batch statistics of the training rows, and the probe of its features."""
     own = copy.deepcopy(encoder).to(device)
     _settle_statistics(own, dataset, part.rows(TRAIN), intensity)
     features = np.zeros((len(dataset), own.width), dtype=np.float32)
@@ -143,8 +163,7 @@ def _start(
     with torch.no_grad():
         for index in blocks(rows):
             features[index] = own(plain(dataset, index, intensity, device)).float().cpu().numpy()
-    probes, problem = _probe(features, task, part)
-    return Classifier(own, _head(probes, problem)).to(device), probes.classes
+    return own, *_probe(features, task, part)
 
 
 @torch.no_grad()
@@ -192,48 +211,38 @@ def _probe(features: Float32[np.ndarray, "n F"], task: Task, part: Part) -> tupl
     return probes, int(choose(np.array([scores]), probes.lambdas)[0])
 
 
-def _head(probes: Probes, problem: int) -> nn.Linear:
-    """The probe as a linear layer on raw features."""
-    weight, bias = probes.weight[problem], probes.intercept[problem]
-    head = nn.Linear(len(weight), len(bias))
+def _head(probes: Probes, problem: int, judge: Judge) -> nn.Linear:
+    """The probe as a linear layer on raw features, with the columns that the judge reads."""
+    found = torch.from_numpy(probes.weight[problem].T), torch.from_numpy(probes.intercept[problem])
+    weight, bias = judge.widened(*found)
+    head = nn.Linear(weight.shape[1], len(bias))
     with torch.no_grad():
-        head.weight.copy_(torch.from_numpy(weight.T))
-        head.bias.copy_(torch.from_numpy(bias))
+        head.weight.copy_(weight)
+        head.bias.copy_(bias)
     return head
 
 
-def _train(
-    model: Classifier,
-    dataset: Dataset,
-    task: Task,
-    part: Part,
-    config: settings.Config,
-    recipe: Recipe,
-    scale: float,
-    classes: Int[np.ndarray, " C"],
-    seed: int,
-    best: _Best,
-) -> None:
+def _train(model: Classifier, fold: _Fold, scale: float, seed: int, best: _Best) -> None:
     """One run at one scale of the learning rates; what beats `best` on validation rows is copied into it."""
-    device = next(model.parameters()).device
-    loader = Loader(dataset, _views(config, recipe, seed), 1, device, rows=part.rows(TRAIN))
+    device, recipe = next(model.parameters()).device, fold.recipe
+    loader = Loader(fold.dataset, _views(fold.config, recipe, seed), 1, device, rows=fold.part.rows(TRAIN))
     steps = max(recipe.steps, recipe.epochs * loader.steps)
     optimizer = torch.optim.AdamW(_groups(model, recipe, scale))
     peaks = [group["lr"] for group in optimizer.param_groups]
-    code = torch.from_numpy(column_of(task.target, classes)).to(device)
+    code = torch.from_numpy(column_of(fold.task.target, fold.classes)).to(device)
     look = max(1, steps // recipe.looks)
     model.train()
     for step, batch in enumerate(_batches(loader, steps)):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = learning_rate(step, steps, peak, recipe.warmup)
         torch.manual_seed(seed_of(seed, "finetune", step))  # dropout and stochastic depth repeat
-        loss = functional.cross_entropy(model(batch.views[0].image), code[batch.row])
+        loss = fold.judge.rows(model(batch.views[0].image), code[batch.row]).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
         if (step + 1) % look == 0 or step + 1 == steps:
-            _keep(model, dataset, task, part.rows(VAL), config.intensity, classes, best)
+            _keep(model, fold, best)
 
 
 def _batches(loader: Loader, steps: int) -> Iterator[Batch]:
@@ -242,41 +251,41 @@ def _batches(loader: Loader, steps: int) -> Iterator[Batch]:
     return itertools.islice(itertools.chain.from_iterable(epochs), steps)
 
 
-def _keep(
-    model: Classifier,
-    dataset: Dataset,
-    task: Task,
-    val: Int[np.ndarray, " m"],
-    intensity: settings.Intensity,
-    classes: Int[np.ndarray, " C"],
-    best: _Best,
-) -> None:
-    """Higher balanced accuracy wins; of equals, which few validation rows give often, the smaller loss."""
-    log_p = log_probabilities(model, dataset, val, intensity)
+def _keep(model: Classifier, fold: _Fold, best: _Best) -> None:
+    """Higher balanced accuracy wins; of equals, which few validation rows give often, the likelier truth."""
+    val, classes = fold.part.rows(VAL), fold.classes
+    log_p = log_probabilities(model, fold.dataset, val, fold.config.intensity, fold.judge)
     model.train()
     if not bool(torch.isfinite(log_p).all()):
         return
-    true = task.target[val]
+    true = fold.task.target[val]
     score = said(lambda: metrics.balanced_accuracy(classes[log_p.argmax(dim=1).numpy()], true))[0]
     column = column_of(true, classes)
     known = np.flatnonzero(column >= 0)
     loss = float(-log_p[known, column[known]].mean()) if len(known) else math.inf
     found = (score if math.isfinite(score) else -math.inf, -loss)
     if best.state is None or found > best.score:
-        best.score, best.state = found, {name: value.detach().clone() for name, value in model.state_dict().items()}
+        best.score, best.judge = found, fold.judge
+        best.state = {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
 @torch.no_grad()
 def log_probabilities(
-    model: Classifier, dataset: Dataset, rows: Int[np.ndarray, " m"], intensity: settings.Intensity
+    model: Classifier,
+    dataset: Dataset,
+    rows: Int[np.ndarray, " m"],
+    intensity: settings.Intensity,
+    judge: Judge | None = None,
 ) -> Float32[Tensor, "m C"]:
-    """log softmax of whole, unaugmented images, in evaluation mode, on the CPU."""
+    """log softmax of whole, unaugmented images at the judge's classes (None: at all columns), in evaluation mode, on
+    the CPU."""
     device = next(model.parameters()).device
     model.eval()
-    parts = [torch.zeros(0, model.head.out_features)]
+    parts = [torch.zeros(0, model.head.out_features if judge is None else len(judge.column))]
     for index in blocks(rows):
-        logits = model(plain(dataset, index, intensity, str(device)))
-        parts.append(functional.log_softmax(logits.float(), dim=1).cpu())
+        logits = model(plain(dataset, index, intensity, str(device))).float()
+        log_p = functional.log_softmax(logits, dim=1) if judge is None else judge.log_p(logits)
+        parts.append(log_p.cpu())
     return torch.cat(parts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from kladi.losses import geometry as spaces
 from kladi.structure.taxonomy import Taxonomy
 
 REGIME = "probe"
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 MOST_IN_BALL = 2000
 
 
@@ -76,6 +78,32 @@ def severity(answers: Sequence[Answers], task: Task, methods: Sequence[str]) -> 
             found = metrics.lca_height(pred, true, task.taxonomy)
             counts[method] = [int((found == height).sum()) for height in heights]
     return {"heights": list(heights), "counts": counts} if counts else {}
+
+
+def stopping(answers: Sequence[Answers], task: Task, methods: Sequence[str]) -> list[dict[str, Any]]:
+    """What a method gives up and gains by answering with an inner node where the leaf is not sure: hierarchical
+    precision, recall, depth of the answers and share of answered rows at each threshold, over the first repeat.
+
+    Of the probe, and of the classifier that was trained with the encoder. Empty without a tree.
+    """
+    if not task.has_levels:
+        return []
+    found = []
+    for regime in ("head", REGIME):
+        for method in methods:
+            mine = [a for a in answers if (a.method, a.regime, a.repeat) == (method, regime, 0)]
+            at = {threshold: [_stopped(a, task, threshold) for a in mine] for threshold in THRESHOLDS}
+            true = np.concatenate([task.target[a.rows] for a in mine]) if mine else np.zeros(0, dtype=np.int64)
+            for threshold, parts in at.items():
+                if len(true):
+                    stop = metrics.stopped_at(np.concatenate(parts), true, task.taxonomy, threshold)
+                    found.append({"method": method, "regime": regime, "n": len(true), **dataclasses.asdict(stop)})
+    return found
+
+
+def _stopped(answers: Answers, task: Task, threshold: float) -> np.ndarray:
+    scores = answers.scores if answers.scores is not None else np.zeros((len(answers.rows), len(answers.classes)))
+    return metrics.stop_at(scores, answers.classes, task.taxonomy, threshold)
 
 
 def tree(answers: Sequence[Answers], task: Task, method: str) -> list[dict[str, Any]]:
