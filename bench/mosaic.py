@@ -1,10 +1,8 @@
 """A study of docs/results on a mosaic of public images: `studies/NAME.toml` filled in, run, and printed as Markdown.
 
-    python bench/mosaic.py metadata MANIFEST TAXONOMY --out OUT --weights lite0.safetensors [--workers 2]
-    python bench/mosaic.py label_tree MANIFEST TAXONOMY --out OUT [--workers 2]
-    python bench/mosaic.py label_tree_shift MANIFEST TAXONOMY --out OUT [--workers 2]
-    python bench/mosaic.py label_tree_sweeps MANIFEST TAXONOMY --out OUT [--workers 2]
+    python bench/mosaic.py STUDY MANIFEST TAXONOMY --out OUT [--weights lite0.safetensors] [--workers 2]
 
+STUDY is one of bench/studies; the weights are for those that say WEIGHTS.
 Writes OUT/study.toml and runs `kladi compare` on it: pretraining reads the manifest's training patients, all folds lie
 among the others. A study that was killed goes on with the same command. A study with a line `# HELD a b` pretrains on
 no image of the sources a and b: OUT/manifest.csv calls them test.
