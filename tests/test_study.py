@@ -23,6 +23,7 @@ from kladi import toy
 from kladi.data.load import load
 from kladi.errors import RunStopped, UserError
 from kladi.evaluate.answers import Task
+from kladi.evaluate.embed import describe
 from kladi.evaluate.measure import Measured, Method, measure
 from kladi.evaluate.readouts.regimes import Part
 from kladi.evaluate.record import results
@@ -595,6 +596,36 @@ def test_a_study_of_losses(ward, tmp_path):
     context = cells.context(file, tmp_path / "L")
     digests = {arm.name: cells.digest(cells.Cell(arm.name, 0, "all", "frozen"), context) for arm in context.arms}
     assert len(set(digests.values())) == len(digests)
+
+
+def test_embeddings_from_a_file_are_a_method(ward, tmp_path):
+    data = load(ward / "manifest.csv", settings.override(design.read(ward / "study.toml").config, {}))[0]
+    rng = np.random.default_rng(0)
+    order = rng.permutation(len(data))
+    told = np.eye(len(data.taxonomy), dtype=np.float32)[data.target] + 0.1 * rng.normal(size=(len(data), 1))
+    embedded = describe(data, told.astype(np.float32))
+    fields = ("features", "row_id", "pixel_digest", "manifest_row", "target", "group", "split")
+    moved = dataclasses.replace(embedded, **{name: getattr(embedded, name)[order] for name in fields}, columns={})
+    moved.write(ward / "theirs.npz")
+    theirs = '[methods.theirs]\nembeddings = "theirs.npz"\nclassify = { loss = "hxe" }\n[methods.scratch]'
+    file = changed(ward, ("[methods.scratch]", theirs), name="theirs.toml")
+    compare(file, tmp_path / "E")
+    found = results.read(tmp_path / "E")
+    right = [r["value"] for r in found["rows"] if (r["method"], r["metric"]) == ("theirs", "balanced_accuracy")]
+    assert np.mean(right) > 0.95  # in another order, joined by what the images hold
+    assert any("which patients its encoder has seen is unknown" in w for w in found["data"]["warnings"])
+    fewer = {name: getattr(embedded, name)[3:] for name in fields}
+    dataclasses.replace(embedded, **fewer, columns={}).write(ward / "theirs.npz")
+    with pytest.raises(UserError, match=r"theirs.npz lacks 3 of 120 images \(rows"):
+        compare(file, tmp_path / "F")
+    both = changed(
+        ward, ("[methods.scratch]", theirs.replace("[methods.scratch]", "train.lr = 1.0\n[methods.scratch]"))
+    )
+    with pytest.raises(UserError, match="no other setting has a say"):
+        design.read(both)
+    tuned = changed(ward, ("[methods.scratch]", theirs), ('["probe"]', '["finetune"]'))
+    with pytest.raises(UserError, match="embeddings cannot be fine-tuned"):
+        design.read(tuned)
 
 
 @pytest.mark.parametrize(

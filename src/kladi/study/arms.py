@@ -47,11 +47,12 @@ class Arm:
     """One line of the comparison.
 
     config: of its pretraining, the seed apart.
-    kind: "pretrained", "given" (weights from a file), "random" (none), "histogram", or "shuffled_labels" (the
-        reference's embeddings, with training labels that mean nothing).
+    kind: "pretrained", "given" (weights from a file), "random" (none), "embedded" (embeddings from a file),
+        "histogram", or "shuffled_labels" (the reference's embeddings, with training labels that mean nothing).
     shuffled: what pretraining sees dealt out anew: "metadata", "tree" or nothing.
     control_of: the method whose control it is, "" for none.
     classify: by what loss its classifiers are trained.
+    embeddings: the file of an embedded arm.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Arm:
     shuffled: str = ""
     control_of: str = ""
     classify: Criterion = field(default_factory=Criterion)
+    embeddings: str = ""
 
     @property
     def drawn(self) -> bool:
@@ -78,7 +80,7 @@ class Arm:
         """Over everything that decides this arm's embeddings."""
         config = self.seeded(seed)
         plugin = config.objective.name.rpartition(":")[0]
-        files = [content_digest(Path(file)) for file in (config.init.weights, plugin) if file]
+        files = [content_digest(Path(file)) for file in (config.init.weights, plugin, self.embeddings) if file]
         said = [__version__, self.kind, self.shuffled, run_folder.config_digest(config), data_digest, *files]
         return hashlib.sha256("\n".join([*said, str(config.train.max_steps)]).encode()).hexdigest()
 
@@ -106,7 +108,8 @@ def arms(study: Study) -> tuple[Arm, ...]:
     used: set[str] = set()
     for method in study.methods:
         config = settings.override(study.config, method.settings)
-        arm = Arm(method.name, config, _kind(config), classify=method.classify)
+        kind = "embedded" if method.embeddings else _kind(config)
+        arm = Arm(method.name, config, kind, classify=method.classify, embeddings=method.embeddings)
         found.append(arm)
         for control in study.controls:
             under = _under(arm, control, study)
@@ -131,6 +134,8 @@ def require_buildable(found: Sequence[Arm], dataset: Dataset) -> None:
         UserError: names the method.
     """
     for arm in found:
+        if arm.kind == "embedded":
+            _aligned(arm, dataset)
         if arm.kind not in {"pretrained", "given"} or arm.shuffled:
             continue
         config = arm.config
@@ -153,7 +158,9 @@ def prepare(arm: Arm, seed: int, dataset: Dataset, folder: Path, device: str) ->
     if file.is_file():
         with _mendable(folder):
             return Embeddings.read(file)
-    if arm.kind == "histogram":
+    if arm.kind == "embedded":
+        embedded = _aligned(arm, dataset)
+    elif arm.kind == "histogram":
         embedded = describe(dataset, baselines.grey_features(dataset, arm.config.intensity))
     else:
         encoder = encoder_of(arm, seed, dataset, folder)
@@ -161,6 +168,20 @@ def prepare(arm: Arm, seed: int, dataset: Dataset, folder: Path, device: str) ->
         embedded = embed(encoder, dataset, head=head, intensity=arm.config.intensity, device=device)
     embedded.write(file)
     return embedded
+
+
+def _aligned(arm: Arm, dataset: Dataset) -> Embeddings:
+    """Foreign embeddings in the order of the data set's rows, joined by what the images hold."""
+    found = Embeddings.read(Path(arm.embeddings))
+    order = np.argsort(found.row_id, kind="stable")
+    place = np.minimum(np.searchsorted(found.row_id[order], dataset.row_id), max(len(order) - 1, 0))
+    there = found.row_id[order][place] == dataset.row_id if len(order) else np.zeros(len(dataset), dtype=bool)
+    if not there.all():
+        rows = ", ".join(f"{row:,}" for row in dataset.manifest_row[~there][:5])
+        lacks = f"{int((~there).sum()):,} of {len(dataset):,} images (rows {rows})"
+        raise UserError(f"methods.{arm.name}: {arm.embeddings} lacks {lacks}; kladi embed on this manifest writes all")
+    rows_of = order[place]
+    return describe(dataset, found.features[rows_of], None if found.z is None else found.z[rows_of])
 
 
 @contextlib.contextmanager
@@ -261,7 +282,7 @@ def _under(arm: Arm, control: str, study: Study) -> list[Arm]:
     if chosen and control == "shuffled_tree" and (arm.classify.reads_tree or objective in TREES):
         dealt = dataclasses.replace(arm.classify, shuffled=arm.classify.reads_tree)
         pretraining = "tree" if objective in TREES else ""
-        return [Arm(f"{arm.name}, {control}", arm.config, arm.kind, pretraining, arm.name, dealt)]
+        return [Arm(f"{arm.name}, {control}", arm.config, arm.kind, pretraining, arm.name, dealt, arm.embeddings)]
     if chosen and control == "matched_temperature" and objective == "label_tree":
         usual = number_of(arm, "temperature", 0.1)
         bare = dataclasses.replace(arm.config, objective=settings.Objective("supcon"))

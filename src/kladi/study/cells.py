@@ -146,6 +146,8 @@ def _met_before(found: tuple[Arm, ...], dataset: Dataset) -> tuple[Bool[np.ndarr
     said: list[str] = []
     for arm in found:
         weights = Path(arm.config.init.weights)
+        if arm.kind == "embedded" and not arm.control_of:
+            said.append(f"{arm.name}: which patients its encoder has seen is unknown")
         if not arm.config.init.weights or arm.shuffled:
             continue
         seen = seen_rows(weights if weights.is_dir() else weights.parent, dataset)
@@ -201,8 +203,8 @@ def cells(context: Context) -> list[Cell]:
             for seed in context.seeds(arm):
                 if study.frozen:
                     found += [Cell(arm.name, seed, name, "frozen", fraction) for fraction in study.label_fractions]
-                if arm.kind in {"histogram", "shuffled_labels"}:
-                    continue
+                if arm.kind in {"embedded", "histogram", "shuffled_labels"}:
+                    continue  # nothing to train
                 found += [
                     Cell(arm.name, seed, name, regime, 1.0, part.fold, part.repeat)
                     for regime in study.trained

@@ -229,7 +229,7 @@ def _pairs(context: Context) -> list[tuple[str, str]]:
 
 def _mapped(context: Context) -> list[tuple[str, Embeddings]]:
     """The first seed of every encoder."""
-    arms = [arm for arm in context.arms if arm.kind in {"pretrained", "given", "random"}]
+    arms = [arm for arm in context.arms if arm.kind in {"pretrained", "given", "random", "embedded"}]
     return [(arm.name, cells.prepared(arm, 0, context)) for arm in arms]
 
 
@@ -315,7 +315,7 @@ def _method(arm: Arm, context: Context) -> dict[str, Any]:
         else "64-bin grey histogram and 64 components of pixels",
         "epochs": config.train.epochs if trained else 0,
         "images_seen": every.images_seen(arm, data),
-        "labels_in_pretraining": None if arm.kind == "given" else labels,
+        "labels_in_pretraining": None if arm.kind in {"given", "embedded"} else labels,
         "seeds": len(context.seeds(arm)),
         "config_digest": run_folder.config_digest(config),
         "control_of": arm.control_of or None,

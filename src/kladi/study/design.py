@@ -24,6 +24,8 @@ objective.name = "none"                # not pretrained: random weights, or thos
 [methods.tree]                         # by what loss probe and fine-tuning train; of a list, validation rows choose
 objective.name = "none"
 classify = { loss = "hace", retain = [0.2, 0.5, 0.7] }
+[methods.theirs]                       # or embeddings of all these images, as `kladi embed` writes them
+embeddings = "theirs/embeddings.npz"
 
 [tasks.breast]                         # one class a node, with all that is below it ...
 classes = { benign = ["US/breast/benign"], malignant = ["US/breast/malignant"] }
@@ -101,11 +103,12 @@ RECIPE_RANGES: dict[str, tuple[float, float]] = {
 @dataclass(frozen=True)
 class Method:
     """An initialisation as the study names it: settings of its pretraining, on top of the study's own, and by what loss
-    its classifiers are trained."""
+    its classifiers are trained. embeddings: a file of `kladi embed` in the place of an encoder, "" for none."""
 
     name: str
     settings: Mapping[str, Any]
     classify: Criterion = field(default_factory=Criterion)
+    embeddings: str = ""
 
 
 @dataclass(frozen=True)
@@ -253,6 +256,9 @@ def _require_sense(study: Study) -> None:
         raise UserError("finetune.scales is empty; [1.0] trains at the learning rates as they are")
     if study.seeds > study.repeats:
         raise UserError(f"seeds = {study.seeds} needs as many repeats; there are {study.repeats}")
+    embedded = next((method.name for method in study.methods if method.embeddings), None)
+    if embedded and not study.frozen:
+        raise UserError(f'methods.{embedded}: embeddings cannot be fine-tuned; they need a regime such as "probe"')
     if not study.frozen:
         frozen_only = [c for c in study.controls if c in {"histogram", "shuffled_labels"}]
         without = ", without compat" if study.compat else ""
@@ -276,6 +282,11 @@ def _method(name: str, table: Mapping[str, Any], folder: Path, config: settings.
     if "classify" in table:
         classify = criteria.read(_table(table, "classify"), f"methods.{name}.classify")
         del table["classify"]
+    embeddings = _text(table, "embeddings")
+    if "embeddings" in table:
+        if set(table) != {"embeddings"}:
+            raise UserError(f"methods.{name}: embeddings are what they are; no other setting has a say")
+        return Method(name, {"objective.name": NOT_PRETRAINED}, classify, str(folder / embeddings))
     given = {key: _path(key, value, folder) for key, value in _dotted(table).items()}
     for key in given:
         section = key.partition(".")[0]
