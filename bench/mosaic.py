@@ -34,6 +34,7 @@ def main() -> int:
     parser.add_argument("--weights", type=Path, default=Path())
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--metrics", default="", help="further ones to print, with commas; the primary one is always")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     text = (STUDIES / f"{options.study}.toml").read_text(encoding="utf-8")
@@ -46,7 +47,10 @@ def main() -> int:
     study.write_text(text, encoding="utf-8")
     compare(study, options.out, workers=options.workers, say=lambda text: print(text, file=sys.stderr, flush=True))
     page.write(options.out)
-    print(markdown(results.read(options.out)))
+    content = results.read(options.out)
+    for metric in dict.fromkeys([content["study"]["primary_metric"], *filter(None, options.metrics.split(","))]):
+        print(f"## {metric}\n\n{tables(content, metric)}")
+    print(differences(content))
     return 0
 
 
@@ -59,15 +63,13 @@ def held_out(manifest: Path, sources: list[str], out: Path) -> Path:
     return out / "manifest.csv"
 
 
-def markdown(content: Mapping[str, Any]) -> str:
-    """A table a regime (methods down, tasks across), then the differences to the reference."""
+def tables(content: Mapping[str, Any], metric: str) -> str:
+    """A table a regime that has the metric: methods down, tasks across, mean and spread over repeats."""
     study, lines = content["study"], []
     found = {
-        (i["method"], i["dataset"], i["regime"]): i
-        for i in content["figures"]["intervals"]
-        if i["metric"] == study["primary_metric"]
+        (i["method"], i["dataset"], i["regime"]): i for i in content["figures"]["intervals"] if i["metric"] == metric
     }
-    for regime in study["regimes"]:
+    for regime in (r for r in study["regimes"] if any(key[2] == r for key in found)):
         lines += [f"### {regime}", "", "| method | " + " | ".join(study["tasks"]) + " |"]
         lines.append("|---" * (len(study["tasks"]) + 1) + "|")
         for method in content["methods"]:
@@ -79,7 +81,13 @@ def markdown(content: Mapping[str, Any]) -> str:
             if any(cells):
                 lines.append(f"| {method['method']} | " + " | ".join(cells) + " |")
         lines.append("")
-    lines += [
+    return "\n".join(lines)
+
+
+def differences(content: Mapping[str, Any]) -> str:
+    """Every method against the reference on the primary metric."""
+    study = content["study"]
+    lines = [
         "| against the reference | task, regime | difference | 95 % by patient | p after Holm | verdict |",
         "|---" * 6 + "|",
     ]
