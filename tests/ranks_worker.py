@@ -19,6 +19,8 @@ CASES = {
     "simclr": {},
     "supcon": {"views": 0.3},
     "cross_entropy": {},
+    "tree_cross_entropy": {"label_smoothing": 0.1},
+    "hxe": {},
     "metadata": {"instance": 0.4},
     "himulcon": {},
     "label_tree": {"views": 0.2},

@@ -5,7 +5,6 @@ The keyword arguments of a preset's function are the schema of `objective.args`.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from kladi.data.dataset import TRAIN, Dataset
 from kladi.errors import UserError, suggestion
 from kladi.learn import plugin
+from kladi.learn.arguments import fitting
 from kladi.learn.classifier import LinearClassifier, TreeClassifier
 from kladi.learn.objectives import LABEL, METADATA, Answers, Siamese, Supervised, Term
 from kladi.losses import (
@@ -324,34 +324,7 @@ def arguments(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
     """
     if name not in PRESETS:
         raise UserError(f'--objective.name "{name}" is no objective' + suggestion(name, PRESETS))
-    known = {k: p for k, p in inspect.signature(PRESETS[name]).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    given = dict(args)
-    for key, value in given.items():
-        if key not in known:
-            near = suggestion(key, known) if known else "; it takes none"
-            raise UserError(f"--objective.args.{key} is no argument of {name}{near}")
-        given[key] = _fitting(value, str(known[key].annotation), f"--objective.args.{key}")
-    return given
-
-
-def _fitting(value: Any, annotation: str, what: str) -> Any:
-    """A value of TOML or of the command line as the parameter wants it; whole numbers are numbers."""
-    kind = annotation.split(" | ")[0]
-    if kind == "float" and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    kinds: dict[str, tuple[type, str]] = {
-        "float": (type(None), "a number"),
-        "bool": (bool, "true or false"),
-        "str": (str, "text"),
-        "list[float]": (list, "a list of numbers"),
-        "dict[str, float]": (dict, "a table, for example { modality = 2.0 }"),
-    }
-    wanted, words = kinds[kind]
-    if not isinstance(value, wanted):
-        raise UserError(f'{what} = "{value}" is not {words}')
-    if isinstance(value, dict):
-        return {name: _fitting(inner, "float", f"{what}.{name}") for name, inner in value.items()}
-    return value
+    return fitting(PRESETS[name], args, name)
 
 
 def _require_labels(facts: Facts, name: str) -> Taxonomy:
