@@ -67,7 +67,7 @@ def test_answers_are_scored_where_the_task_scores():
     measured = measure(method, task, (Part(0, 0, np.full(2, TEST)),), regimes=["head"])
     (answers,) = measured.answers
     assert [TAX.names[c] for c in answers.classes] == ["A/a", "A/b"]
-    np.testing.assert_allclose(np.exp(answers.scores), [[0.4, 0.5], [0.5, 0.2]])
+    np.testing.assert_allclose(np.exp(answers.scores), [[4 / 9, 5 / 9], [5 / 7, 2 / 7]])
     assert answers.pred.tolist() == target.tolist()
     without = measure(dataclasses.replace(method, own=None), task, (Part(0, 0, np.full(2, TEST)),), regimes=["head"])
     assert not without.rows

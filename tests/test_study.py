@@ -32,6 +32,7 @@ from kladi.learn import console, lock
 from kladi.learn.fit import fit
 from kladi.study import arms, cells, design, questions, record
 from kladi.study.compare import compare
+from kladi.study.shift import fold_places
 
 TOML = """
 name = "toy"
@@ -510,7 +511,8 @@ def test_a_shift_tests_a_place_by_what_was_trained_elsewhere(crossed, seed, plac
     given_parts = tuple(
         Part(k, r, np.where(unused, UNUSED, of)) for r in range(2) for k, of in enumerate(np.roll(of_fold, r, axis=0))
     )
-    parts = questions.shifted(given_parts, place, group)
+    target = rng.integers(0, 2, n)
+    parts = fold_places(given_parts, place, group, target)
     assert [(part.repeat, part.fold) for part in parts] == [(r, v) for r in range(2) for v in range(places)]
     for part in parts:
         test, others = part.rows(TEST), np.concatenate([part.rows(TRAIN), part.rows(VAL)])
@@ -534,12 +536,18 @@ def test_a_study_measures_a_shift(ward, tmp_path):
     found = results.read(tmp_path / "S")
     places = len(set(cells.context(file, tmp_path / "S").dataset.columns["modality"]))
     assert {row["fold"] for row in found["rows"]} == set(range(places))
+    assert len(found["splits"]["shift"]["shape"]["places"]) == places
+    assert all(c["corrected_t_p"] is None and c["wilcoxon_p"] is None for c in found["comparisons"])
+    assert not found["study"]["family"]
     assert all(row["value"] is not None for row in found["rows"] if row["metric"] == "balanced_accuracy")
+    same = changed(ward, ('below = "round"', 'column = "modality"\nshift = "modality"'), name="shift.toml")
+    with pytest.raises(UserError, match=r"no class of .* is anywhere else"):
+        compare(same, tmp_path / "U")
     one = changed(ward, ('below = "round"', 'below = "round/disc"\nshift = "site"'), name="shift.toml")
     text = (ward / "manifest.csv").read_text().splitlines()
     (ward / "one.csv").write_text("\n".join([f"{text[0]},site", *(f"{line},here" for line in text[1:])]) + "\n")
     one.write_text(one.read_text().replace("manifest.csv", "one.csv"))
-    with pytest.raises(UserError, match=r'shift = "site" has 1 value here; it takes two'):
+    with pytest.raises(UserError, match=r'shift = "site" has 1 value here; it takes 2 to 50'):
         compare(one, tmp_path / "T")
 
 
@@ -633,7 +641,7 @@ def test_embeddings_from_a_file_are_a_method(ward, tmp_path):
     [
         ('{ loss = "hase" }', r'methods.simclr.classify.loss = "hase" is not one of .*closest: "hace"'),
         ('{ loss = "hace", retan = 0.2 }', r'methods.simclr.classify.retan is no argument of hace; closest: "retain"'),
-        ('"hace"', r"classify is a table"),
+        ('"hace"', r"methods.simclr.classify is a table: "),
     ],
 )
 def test_a_mistake_in_a_criterion_is_named(ward, classify, said):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -48,12 +48,20 @@ class Task:
     taxonomy: the tree of the answers.
     target: int64[n], the node that each row is scored as; -1: the row is out.
     group: int64[n], patients.
+    meant: name of a label in the data -> the node here that it counts as; None: nodes have the names of labels.
     """
 
     name: str
     taxonomy: Taxonomy
     target: Int[np.ndarray, " n"]
     group: Int[np.ndarray, " n"]
+    meant: Mapping[str, int] | None = None
+
+    def node_of(self, label: str) -> int:
+        """The node that an answer in the labels of the data counts as, -1 where the task does not know it."""
+        if self.meant is not None:
+            return self.meant.get(label, -1)
+        return int(self.taxonomy.index(label)) if label in self.taxonomy else -1
 
     @property
     def has_levels(self) -> bool:

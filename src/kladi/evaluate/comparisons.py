@@ -77,18 +77,25 @@ def intervals(drawn: dict[Key, Drawn], task: Task, parts: tuple[Part, ...]) -> l
 
 
 def compare(
-    drawn: dict[Key, Drawn], pairs: list[tuple[str, str]], task: Task, parts: tuple[Part, ...]
+    drawn: dict[Key, Drawn],
+    pairs: list[tuple[str, str]],
+    task: Task,
+    parts: tuple[Part, ...],
+    *,
+    tested: bool = True,
 ) -> list[dict[str, Any]]:
     """One comparison for each (method, reference), regime and metric that both have; `settle` gives the verdicts.
 
-    Over one official split there is no test: an interval alone.
+    Over one official split there is no test: an interval alone. Nor where the folds are a few places, the same ones in
+    every repeat (`tested=False`): repeats would count as places there.
     """
     out = []
     for method, reference in pairs:
         for (name, regime, metric), found in sorted(drawn.items()):
             other = drawn.get((reference, regime, metric))
             if name == method and other is not None:
-                out.append(_comparison(found, other, (method, reference, regime, metric), task, parts))
+                names = method, reference, regime, metric
+                out.append(_comparison(found, other, names, task, parts, tested and len(parts) > 1))
     return out
 
 
@@ -125,14 +132,14 @@ def settle(
 
 
 def _comparison(
-    found: Drawn, other: Drawn, names: tuple[str, str, str, str], task: Task, parts: tuple[Part, ...]
+    found: Drawn, other: Drawn, names: tuple[str, str, str, str], task: Task, parts: tuple[Part, ...], tested: bool
 ) -> dict[str, Any]:
     interval = percentile_interval(found.draws - other.draws)
     both = [key for key in found.folds if math.isfinite(found.folds[key] - other.folds.get(key, math.nan))]
     differences = np.array([found.folds[key] - other.folds[key] for key in both])
     by_repeat = statistics.repeat_means(_by_repeat(found, parts) - _by_repeat(other, parts))
     by_repeat = by_repeat[np.isfinite(by_repeat)]
-    folded = len(parts) > 1 and len(differences) > 0
+    folded = tested and len(differences) > 0
     tests = statistics.wilcoxon(by_repeat) if folded and len(by_repeat) else None
     t = statistics.corrected_resampled_t(differences, rho=_rho(parts)) if folded else None
     method, reference, regime, metric = names

@@ -19,6 +19,7 @@ from kladi.evaluate.readouts import regimes as readouts
 from kladi.evaluate.readouts.criteria import Criterion
 from kladi.evaluate.readouts.probe import LAMBDAS
 from kladi.evaluate.readouts.regimes import Answered, Found, OwnAnswers, Part, ProbeNotes, View
+from kladi.evaluate.readouts.tree_probe import LAMBDAS as TREE_LAMBDAS
 from kladi.evaluate.readouts.tree_probe import tree_probe
 from kladi.evaluate.record.results import Row
 from kladi.evaluate.splits import TEST, TRAIN, Splits
@@ -128,11 +129,12 @@ def measure(
     out, notes = Measured(), ProbeNotes()
     keep = Keeper(out, method.name, task, seed, config_digest, label_fraction)
     view = _view(method, task, parts)
-    if "head" in regimes:  # a method without a classifier of its own has no row
+    if "head" in regimes and label_fraction == 1:  # a method without a classifier of its own has no row
         keep.answers(*_timed(readouts.head, view))
+        out.warnings += readouts.head_notes(view)
     probe: Callable[[View], Iterator[Answered]] = partial(readouts.probe, lambdas=lambdas, notes=notes)
     if criterion is not None and not criterion.plain:
-        probe = partial(tree_probe, criterion=criterion, seed=seed)
+        probe, lambdas = partial(tree_probe, criterion=criterion, notes=notes, seed=seed), TREE_LAMBDAS
     for regime, run in (
         ("probe", probe),
         ("knn", partial(readouts.knn, ks=ks)),

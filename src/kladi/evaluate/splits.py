@@ -246,7 +246,7 @@ def manifest_splits(
     if len(np.unique(target[order][training])) < 2:
         raise UserError("evaluate needs two classes among the labelled rows of the split train")
     if not (part == VAL).any():
-        part[training[_quarter(target[order][training], group[order][training], seed)]] = VAL
+        part[training[quarter(target[order][training], group[order][training], seed)]] = VAL
     return Splits("manifest", seed, 1, row_id[order], part[:, None])
 
 
@@ -342,7 +342,7 @@ def _kfold(code: np.ndarray, patient: np.ndarray, k: int, stream: str) -> np.nda
     return tests
 
 
-def _quarter(target: np.ndarray, patient: np.ndarray, seed: int) -> np.ndarray:
+def quarter(target: np.ndarray, patient: np.ndarray, seed: int | str) -> np.ndarray:
     """Which rows validate: a quarter of the patients, but none without whom a class would have no training rows."""
     code = np.unique(target, return_inverse=True)[1]
     chosen = _kfold(code, patient, QUARTERS, f"{seed}/validation") == 0

@@ -32,7 +32,7 @@ from kladi.losses import (
     SupConLoss,
 )
 from kladi.losses.geometry import LearnedCurvature
-from kladi.losses.tree_cross_entropy import RowLoss
+from kladi.losses.tree_cross_entropy import RowLoss, proper_weighting
 from kladi.structure.labelset import TABLE_CLASSES, LabelSets
 from kladi.structure.parts import above
 from kladi.structure.taxonomy import Taxonomy
@@ -113,14 +113,15 @@ def tree_cross_entropy(
         weighting: unless given "anchored" where leaves lie at several depths, which keeps the loss proper there; else
             "geometric".
     """
-    part, place = above(_require_labels(facts, "tree_cross_entropy"), facts.labels)
-    ragged = part.is_tree and len(np.unique(part.depth[part.leaves])) > 1
+    part, place = _part(facts, "tree_cross_entropy")
+    if soft_beta is not None:
+        _require_leaves(facts, part, place, "tree_cross_entropy with soft_beta")
     loss = HierarchyAwareCrossEntropy(
         part,
         retain=retain,
         label_smoothing=label_smoothing,
         soft_beta=soft_beta,
-        weighting=weighting or ("anchored" if ragged else "geometric"),
+        weighting=weighting or proper_weighting(part),
     )
     return _over_tree("tree_cross_entropy", loss, part, place, part.names, encoder, projector)
 
@@ -129,20 +130,17 @@ def hxe(
     facts: Facts, encoder: nn.Module, projector: nn.Module, *, alpha: float = 0.1, normalise: bool = False
 ) -> Supervised:
     """A classifier over the leaves, charged for each step down the tree (HXE, a peer)."""
-    part, place = above(_require_labels(facts, "hxe"), facts.labels)
+    part, place = _part(facts, "hxe")
+    _require_tree(part, "hxe")
     loss = HierarchicalCrossEntropy(part, alpha=alpha, normalise=normalise)
     return _over_tree("hxe", loss, part, place, _leaf_names(part), encoder, projector)
 
 
 def soft_labels(facts: Facts, encoder: nn.Module, projector: nn.Module, *, beta: float = 10.0) -> Supervised:
     """A classifier over the leaves, against labels that are soft by distance in the tree (a peer)."""
-    part, place = above(_require_labels(facts, "soft_labels"), facts.labels)
-    inner = [label for label in facts.labels.tolist() if part.children[place[label]]]
-    if inner and facts.taxonomy is not None:
-        raise UserError(
-            f'--objective.name soft_labels needs labels at leaves, and "{facts.taxonomy.names[inner[0]]}" has others '
-            f"below it; --objective.name hxe and tree_cross_entropy take it"
-        )
+    part, place = _part(facts, "soft_labels")
+    _require_tree(part, "soft_labels")
+    _require_leaves(facts, part, place, "soft_labels")
     loss = SoftLabelCrossEntropy(part, beta=beta)
     return _over_tree("soft_labels", loss, part, place, _leaf_names(part), encoder, projector)
 
@@ -338,6 +336,31 @@ def _require_labels(facts: Facts, name: str) -> Taxonomy:
         only = facts.taxonomy.names[int(facts.target[facts.target >= 0][0])]
         raise UserError(f'--objective.name {name} needs two labels at least; all training images are "{only}"')
     return facts.taxonomy
+
+
+def _part(facts: Facts, name: str) -> tuple[Taxonomy, Int[np.ndarray, " N"]]:
+    """The nodes at or above the labels, with two leaves at least."""
+    part, place = above(_require_labels(facts, name), facts.labels)
+    if len(part.leaves) < 2:
+        only = part.names[part.leaves[0]]
+        raise UserError(f'--objective.name {name}: all labels lie on one way down to "{only}", so nothing can be told')
+    return part, place
+
+
+def _require_tree(part: Taxonomy, name: str) -> None:
+    try:
+        part.require_tree()
+    except UserError as error:
+        raise UserError(f"--objective.name {name}: {error}; tree_cross_entropy takes a DAG") from None
+
+
+def _require_leaves(facts: Facts, part: Taxonomy, place: Int[np.ndarray, " N"], name: str) -> None:
+    inner = [part.names[place[label]] for label in facts.labels.tolist() if part.children[place[label]]]
+    if inner:
+        raise UserError(
+            f'--objective.name {name} needs labels at leaves, and "{inner[0]}" has others below it; --objective.name '
+            "hxe and tree_cross_entropy take it"
+        )
 
 
 def _over_tree(

@@ -213,7 +213,7 @@ def export(t: Training, run: Path) -> None:
             "name": presets.resolved(objective.name, presets.Facts.of(t.dataset)),
             "args": {**objective.args, **t.objective.learned()},
             "weights": t.objective.weights,
-            "answers": dataclasses.asdict(t.objective.answers) if t.objective.answers else None,
+            **({"answers": dataclasses.asdict(t.objective.answers)} if t.objective.answers else {}),
         },
         "taxonomy_digest": None if t.dataset.taxonomy is None else t.dataset.taxonomy.digest,
         "data_digest": t.data_digest,

@@ -254,6 +254,8 @@ class LearnedCurvature(nn.Module):
 
     def __init__(self, start: float = 0.1, clip: float = 2.3) -> None:
         super().__init__()
+        if not 0 < clip < math.inf:
+            raise ValueError(f"clip must be positive, not {clip}; 2.3 is the default")
         self.clip, self._most = clip, (REACH / clip) ** 2
         if not 0 < start < self._most:
             raise ValueError(f"a learned curvature must begin between 0 and {self._most:.3g}, not at {start}")

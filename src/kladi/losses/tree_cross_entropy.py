@@ -66,6 +66,11 @@ def path_shares(tax: Taxonomy, retain: float = 0.7, weighting: str = "geometric"
     return np.where(present, share, 0.0)
 
 
+def proper_weighting(tax: Taxonomy) -> str:
+    """ "anchored" on a tree whose leaves lie at several depths, else "geometric", which is the same or all there is."""
+    return "anchored" if tax.is_tree and len(np.unique(tax.depth[tax.leaves])) > 1 else "geometric"
+
+
 def _shares_on_a_dag(tax: Taxonomy, lineage: Int[np.ndarray, "N K"], retain: float) -> Float[np.ndarray, "N K"]:
     of: list[dict[int, float]] = []
     for node, parents in enumerate(tax.parents):
@@ -253,7 +258,7 @@ class HierarchicalCrossEntropy(_PathLoss):
 
     Args:
         tax: a tree. Leaves and inner nodes may be targets.
-        alpha: >= 0. 0 telescopes to cross-entropy.
+        alpha: in [0, 20]. 0 telescopes to cross-entropy.
         normalise: divide by 1 + the sum of lambda over all nodes, as the authors do; it only scales the loss.
 
     Shape: logits float[B, n] in the order of `tax.leaves`, target int64[B] node ids -> scalar; B = 0: a zero.
@@ -261,7 +266,7 @@ class HierarchicalCrossEntropy(_PathLoss):
 
     def __init__(self, tax: Taxonomy, alpha: float = 0.1, normalise: bool = False) -> None:
         tax.require_tree()
-        require("alpha", alpha, 0 <= alpha < math.inf, "0 or more; 0 is plain cross-entropy")
+        require("alpha", alpha, 0 <= alpha <= 20, "between 0, which is plain cross-entropy, and 20")
         super().__init__(tax, step_weights(tax, alpha, normalise))
         self.columns = len(self.below.leaves)
         self.alpha, self.normalise = alpha, normalise

@@ -66,13 +66,17 @@ def classifier(run: str | Path) -> Classifier | None:
     answers, file = (described.get("objective") or {}).get("answers"), Path(run) / "head.safetensors"
     if not answers or not file.is_file():
         return None
+    damaged = UserError(f"{file}: the classifier does not fit the description in config.json; the run is damaged")
+    try:
+        columns, nodes = tuple(map(str, answers["columns"])), tuple(map(str, answers["nodes"]))
+    except (TypeError, KeyError):
+        raise damaged from None
     tensors = weights.read(file)
     found = [name for name in tensors if name.endswith(".classifier.weight")]
-    columns, nodes = tuple(map(str, answers["columns"])), tuple(map(str, answers["nodes"]))
     weight = tensors[found[0]] if len(found) == 1 else torch.empty(0, 0)
     bias = tensors.get(found[0].removesuffix("weight") + "bias", torch.empty(0)) if found else torch.empty(0)
     if len(weight) != len(columns) or len(bias) != len(columns) or not set(nodes) <= set(columns):
-        raise UserError(f"{file}: the classifier does not fit the description in config.json; the run is damaged")
+        raise damaged
     return Classifier(weight, bias, columns, nodes)
 
 

@@ -68,6 +68,13 @@ def summary(results: Results) -> list[str]:
     splits = results.get("splits", {})
     if splits:
         lines.append(f"Split: {splits.get('kind', 'unknown')}, by {splits.get('group') or 'image (no patient ids)'}.")
+        for task, shift in (splits.get("shift") or {}).items():
+            places = shift["places"]
+            lines.append(
+                f"Task {task} is under a shift of {shift['column']}: each of {len(places)} places "
+                f"({', '.join(map(str, places))}) is tested by what was trained on the others. So few places are no "
+                "sample: intervals are of patients, and there is no test."
+            )
     if study.get("pretrain"):
         lines.append(f"Patients of the evaluation, seen from pretraining: {study['pretrain']}.")
     return lines + _verdict(results)

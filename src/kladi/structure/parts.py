@@ -22,7 +22,8 @@ def above(tax: Taxonomy, labels: Int[np.ndarray, " C"]) -> tuple[Taxonomy, Int[n
     edges: list[tuple[str, str | None]] = []
     for node in kept.tolist():
         edges += [(tax.names[node], tax.names[p]) for p in tax.parents[node]] or [(tax.names[node], None)]
-    part = Taxonomy.from_edges(edges, titles={n: t for n, t in tax.titles.items() if n in {tax.names[k] for k in kept}})
+    names = {tax.names[node] for node in kept.tolist()}
+    part = Taxonomy.from_edges(edges, titles={name: title for name, title in tax.titles.items() if name in names})
     place = np.full(len(tax), -1, dtype=np.int64)
     place[kept] = part.index([tax.names[node] for node in kept.tolist()])
     return part, place

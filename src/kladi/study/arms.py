@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -22,10 +22,11 @@ from kladi import config as settings
 from kladi.data.dataset import TRAIN, Dataset
 from kladi.errors import UserError
 from kladi.evaluate import baselines
+from kladi.evaluate.answers import Task
 from kladi.evaluate.controls import shuffled_leaves
 from kladi.evaluate.embed import Embeddings, describe, embed
 from kladi.evaluate.evaluation import random_encoder
-from kladi.evaluate.readouts.criteria import Criterion
+from kladi.evaluate.readouts.criteria import Criterion, judges
 from kladi.evaluate.readouts.regimes import OwnAnswers
 from kladi.learn import console, presets, run_folder, training
 from kladi.learn.fit import fit
@@ -38,6 +39,8 @@ from kladi.study.questions import over_patients
 TEMPERATURES = (0.5, 0.7, 1.0, 1.4, 2.0)
 """Factors of the temperature at which SupCon stands against a weighted loss."""
 SITES = ("site", "source")
+CLASSIFIERS = ("cross_entropy", "hxe", "soft_labels", "tree_cross_entropy")
+"""Objectives that train a classifier along."""
 TREES = ("himulcon", "hxe", "label_tree", "soft_labels", "tree_cross_entropy")
 """Objectives that read a tree."""
 
@@ -115,6 +118,8 @@ def arms(study: Study) -> tuple[Arm, ...]:
             under = _under(arm, control, study)
             used |= {control} if under else set()
             found += under
+    if "head" in study.regimes and not any(arm.config.objective.name in CLASSIFIERS for arm in found):
+        raise UserError(f'regimes: "head" needs a method that trains a classifier: {", ".join(CLASSIFIERS)}')
     idle = [c for c in study.controls if c not in used | {"equal_budget"}]
     if idle:
         raise UserError(f'control "{idle[0]}" has no use: no method of this study has what it shuffles')
@@ -150,6 +155,21 @@ def require_buildable(found: Sequence[Arm], dataset: Dataset) -> None:
                 presets.build(config.objective.name, config.objective.args, facts, encoder, projector)
         except UserError as error:
             raise UserError(f"methods.{arm.name}: {error}") from None
+
+
+def require_judges(found: Sequence[Arm], tasks: Mapping[str, Task]) -> None:
+    """Build every criterion on every task once.
+
+    Raises:
+        UserError: names the method and the task.
+    """
+    for arm in found:
+        for name, task in tasks.items():
+            classes = np.unique(task.target[task.target >= 0])
+            try:
+                list(judges(arm.classify, task.taxonomy, classes))
+            except ValueError as error:
+                raise UserError(f"methods.{arm.name}.classify on task {name}: {error}") from error
 
 
 def prepare(arm: Arm, seed: int, dataset: Dataset, folder: Path, device: str) -> Embeddings:
@@ -272,13 +292,12 @@ def _kind(config: settings.Config) -> str:
 
 def _under(arm: Arm, control: str, study: Study) -> list[Arm]:
     """The arms that a control adds under a method."""
-    objective, of = arm.config.objective.name, {"control_of": arm.name}
+    objective = arm.config.objective.name
     is_reference = arm.name == study.reference
     chosen = not study.controls_of or arm.name in study.controls_of
     if chosen and control in {"shuffled_metadata", "shuffled_metadata_within_site"} and objective == "metadata":
-        return [
-            Arm(f"{arm.name}, {control}", arm.config, "pretrained", shuffled=control.removeprefix("shuffled_"), **of)
-        ]
+        dealt_out = control.removeprefix("shuffled_")
+        return [Arm(f"{arm.name}, {control}", arm.config, "pretrained", dealt_out, arm.name, arm.classify)]
     if chosen and control == "shuffled_tree" and (arm.classify.reads_tree or objective in TREES):
         dealt = dataclasses.replace(arm.classify, shuffled=arm.classify.reads_tree)
         pretraining = "tree" if objective in TREES else ""
@@ -291,15 +310,16 @@ def _under(arm: Arm, control: str, study: Study) -> list[Arm]:
                 f"{arm.name}, supcon T {factor * usual:g}",
                 settings.override(bare, {"objective.args": {"temperature": factor * usual}}),
                 "pretrained",
-                **of,
+                control_of=arm.name,
+                classify=arm.classify,
             )
             for factor in TEMPERATURES
         ]
     if control == "random_encoder" and is_reference:
         untrained = dataclasses.replace(arm.config, objective=settings.Objective(NOT_PRETRAINED), init=settings.Init())
-        return [Arm(control, untrained, "random", **of)]
+        return [Arm(control, untrained, "random", control_of=arm.name, classify=arm.classify)]
     if control in {"histogram", "shuffled_labels"} and is_reference:
-        return [Arm(control, arm.config, control, **of)]
+        return [Arm(control, arm.config, control, control_of=arm.name, classify=arm.classify)]
     return []
 
 

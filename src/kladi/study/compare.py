@@ -78,8 +78,9 @@ def _measured(path: Path, out: Path, workers: int, started: datetime, say: Say) 
     context = cells.context(path, out)
     _refuse_leaks(context)
     every.require_buildable(context.arms, context.dataset)
+    every.require_judges(context.arms, {name: asked.task for name, asked in context.asked.items()})
     for name, asked in context.asked.items():
-        asked.splits.write(out / "splits" / f"{name}.json")
+        asked.write(out / "splits" / f"{name}.json", context.dataset.row_id)
     encoders = _encoders(context)
     missing = [pair for pair in encoders if not _is_prepared(context, *pair)]
     lines, tasks = len(context.arms), len(context.asked)
@@ -199,7 +200,7 @@ def _assembled(context: Context, started: datetime) -> dict[str, Any]:
     intervals: list[dict[str, Any]] = []
     for name, asked in context.asked.items():
         drawn = comparisons.draw(found[name], asked.task, asked.parts, draws=study.bootstrap, seed=study.seed)
-        compared += comparisons.compare(drawn, _pairs(context), asked.task, asked.parts)
+        compared += comparisons.compare(drawn, _pairs(context), asked.task, asked.parts, tested=asked.shift is None)
         intervals += comparisons.intervals(drawn, asked.task, asked.parts)
     settled = comparisons.settle(
         compared, primary=study.primary, regimes=DECIDING, reference=study.reference, margin=study.margin
@@ -245,7 +246,8 @@ def _study(context: Context) -> dict[str, Any]:
             f"{study.primary}, {regime}, {task}, {arm.name} against {study.reference}"
             for regime in DECIDING
             if regime in study.regimes
-            for task in context.asked
+            for task, asked in context.asked.items()
+            if asked.shift is None
             for arm in context.arms
             if arm.name != study.reference
         ],
@@ -284,6 +286,7 @@ def _splits(context: Context) -> dict[str, Any]:
             "fold": part.fold,
             "repeat": part.repeat,
             "part": word,
+            "place": asked.shift.places[part.fold] if asked.shift else None,
             "images": len(part.rows(number)),
             "patients": asked.task.patients(part.rows(number)),
         }
@@ -292,7 +295,12 @@ def _splits(context: Context) -> dict[str, Any]:
         for number, word in ((TRAINED, "train"), (TEST, "test"))
     ]
     return {
-        "digest": {name: asked.splits.digest for name, asked in context.asked.items()},
+        "digest": {name: asked.digest if asked.shift else asked.splits.digest for name, asked in context.asked.items()},
+        "shift": {
+            name: {"column": asked.shift.column, "places": list(asked.shift.places)}
+            for name, asked in context.asked.items()
+            if asked.shift
+        },
         "kind": "folds",
         "folds": context.study.folds,
         "repeats": context.study.repeats,

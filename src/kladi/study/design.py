@@ -280,7 +280,9 @@ def _method(name: str, table: Mapping[str, Any], folder: Path, config: settings.
     table = dict(table)
     classify = Criterion()
     if "classify" in table:
-        classify = criteria.read(_table(table, "classify"), f"methods.{name}.classify")
+        if not isinstance(table["classify"], Mapping):
+            raise UserError(f'methods.{name}.classify is a table: {{ loss = "hace", retain = [0.5, 0.7] }}')
+        classify = criteria.read(table["classify"], f"methods.{name}.classify")
         del table["classify"]
     embeddings = _text(table, "embeddings")
     if "embeddings" in table:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, UInt64
 
 from kladi.data.dataset import Dataset
 from kladi.data.views import philox
@@ -14,10 +16,12 @@ from kladi.errors import UserError, suggestion
 from kladi.evaluate.answers import MOST_AUC_CLASSES, Task
 from kladi.evaluate.measure import parts_of
 from kladi.evaluate.readouts.regimes import Part
+from kladi.evaluate.record.files import write_private
 from kladi.evaluate.splits import TEST, TRAIN, UNUSED, VAL, Splits, make_splits, scored_classes
 from kladi.structure.synonyms import UNKNOWN, normal
 from kladi.structure.taxonomy import Taxonomy
 from kladi.study.design import Question, Study
+from kladi.study.shift import Shift, shifted
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Asked:
 
     warnings: classes that were merged or dropped, and folds that lack one.
     digest: SHA-256 of the rows, their targets and their folds.
+    shift: the places that the folds are; None where the folds are of patients.
     """
 
     task: Task
@@ -33,6 +38,22 @@ class Asked:
     parts: tuple[Part, ...]
     warnings: tuple[str, ...]
     digest: str
+    shift: Shift | None = None
+
+    def write(self, path: Path, row_id: UInt64[np.ndarray, " n"]) -> None:
+        """The folds of patients as `Splits.write` has them; of a shift the parts themselves, of each row and fold."""
+        if self.shift is None:
+            self.splits.write(path)
+            return
+        parts = {
+            f"{row:016x}": [int(part.of[k]) for part in self.parts]
+            for k, row in enumerate(row_id.tolist())
+            if any(part.of[k] != UNUSED for part in self.parts)
+        }
+        folds = [[part.repeat, self.shift.places[part.fold]] for part in self.parts]
+        names = {"train": TRAIN, "val": VAL, "test": TEST, "unused": UNUSED}
+        said = {"kind": "shift", "column": self.shift.column, "digest": self.digest, "parts": names}
+        write_private(path, json.dumps({**said, "folds": folds, "of": parts}).encode())
 
 
 def ask(question: Question, dataset: Dataset, unseen: Bool[np.ndarray, " n"], study: Study) -> Asked:
@@ -41,15 +62,15 @@ def ask(question: Question, dataset: Dataset, unseen: Bool[np.ndarray, " n"], st
     Raises:
         UserError: a node or column that is not there (names the closest), or too few patients for folds.
     """
-    taxonomy, target = _target(question, dataset)
-    target = np.where(unseen, target, -1)
+    taxonomy, of_row = _target(question, dataset)
+    target = np.where(unseen, of_row, -1)
     scored = scored_classes(target, dataset.group, taxonomy)
     names = taxonomy.names
     warnings = [
         f"{question.name}: {names[a]} has too few patients, scored at {names[b]}" for a, b in scored.merged.items()
     ]
     warnings += [f"{question.name}: {names[node]} has too few patients, not scored" for node in scored.dropped]
-    task = Task(question.name, taxonomy, scored.target, dataset.group)
+    task = Task(question.name, taxonomy, scored.target, dataset.group, _meant(dataset, of_row))
     classes = len(np.unique(scored.target[scored.target >= 0]))
     if study.primary == "auc" and classes > MOST_AUC_CLASSES:
         raise UserError(
@@ -70,53 +91,20 @@ def ask(question: Question, dataset: Dataset, unseen: Bool[np.ndarray, " n"], st
         raise UserError(f"task {question.name}: {error}") from None
     if splits.folds < study.folds:
         warnings.append(f"{question.name}: {splits.folds} folds, as the rarest class has no more patients")
-    warnings += [f"{question.name}: {lack}" for lack in splits.missing]
-    parts = parts_of(splits, dataset.row_id)
+    parts, shift = parts_of(splits, dataset.row_id), None
+    if question.shift:
+        values = _values(question.name, question.shift, dataset)
+        task = replace(task, target=np.where([bool(value) for value in values], task.target, -1))
+        shift, parts, lacking = shifted(task, question.shift, values, parts, study.seed)
+        warnings += lacking
+    else:
+        warnings += [f"{question.name}: {lack}" for lack in splits.missing]
     order = np.argsort(dataset.row_id)
     said = hashlib.sha256(f"{splits.digest} {taxonomy.digest}".encode())
     said.update(task.target[order].astype("<i8").tobytes())
-    if question.shift:
-        parts = shifted(parts, _place(question, dataset, task), task.group)
-        for part in parts:
-            said.update(part.of[order].astype("<i8").tobytes())
-    return Asked(task, splits, parts, tuple(warnings), said.hexdigest())
-
-
-def shifted(parts: tuple[Part, ...], place: Int[np.ndarray, " n"], group: Int[np.ndarray, " n"]) -> tuple[Part, ...]:
-    """Folds of which each tests one place and trains on the others: a fold a place, in every repeat.
-
-    Rows of the place are tested if their patient is nowhere else, or, where patients are in several places (one
-    specimen at four magnifications), in that fold of the given ones. Of the patients that are not tested, those of
-    another fold validate and the rest trains, with their rows of the other places.
-
-    Args:
-        parts: folds by patient.
-        place: number of the place of each row, -1 where it is unknown; such rows are not used.
-    """
-    places, folds = int(place.max()) + 1, 1 + max(part.fold for part in parts)
-    at = np.zeros((int(group.max()) + 1, places), dtype=bool)
-    at[group[place >= 0], place[place >= 0]] = True
-    elsewhere = (at.sum(axis=1) > 1)[group]
-    by_fold = {(part.fold, part.repeat): part.of for part in parts}
-    out = []
-    for repeat in sorted({part.repeat for part in parts}):
-        for number in range(places):
-            of = by_fold[(number + repeat) % folds, repeat]
-            tested = (place == number) & (of != UNUSED) & (~elsewhere | (of == TEST))
-            free = (of != UNUSED) & (place >= 0) & (place != number) & ~np.isin(group, group[tested])
-            validates = free & (of == VAL)
-            out.append(Part(number, repeat, np.select([tested, validates, free], [TEST, VAL, TRAIN], UNUSED)))
-    return tuple(out)
-
-
-def _place(question: Question, dataset: Dataset, task: Task) -> Int[np.ndarray, " n"]:
-    """The number of each row's value of the column, among those of rows that the task asks of."""
-    values = _values(question.name, question.shift, dataset)
-    known = sorted({value for value, target in zip(values, task.target, strict=True) if value and target >= 0})
-    if len(known) < 2:
-        raise UserError(f'task {question.name}: shift = "{question.shift}" has {len(known)} value here; it takes two')
-    number = {value: k for k, value in enumerate(known)}
-    return np.array([number.get(value, -1) for value in values], dtype=np.int64)
+    for part in parts if shift else ():
+        said.update(part.of[order].astype("<i8").tobytes())
+    return Asked(task, splits, parts, tuple(warnings), said.hexdigest(), shift)
 
 
 def fewer_labels(part: Part, asked: Asked, dataset: Dataset, fraction: float, seed: int) -> Part:
@@ -169,6 +157,14 @@ def over_patients(
     dealt = np.empty_like(values)
     dealt[receiving] = values[giving]
     return dealt
+
+
+def _meant(dataset: Dataset, of_row: Int[np.ndarray, " n"]) -> dict[str, int] | None:
+    """What each label of the data counts as in the task, from the rows that carry it."""
+    if dataset.taxonomy is None:
+        return None
+    pairs = np.unique(np.stack([dataset.target, of_row], axis=1)[(dataset.target >= 0) & (of_row >= 0)], axis=0)
+    return {dataset.taxonomy.names[label]: int(node) for label, node in pairs.tolist()}
 
 
 def _target(question: Question, dataset: Dataset) -> tuple[Taxonomy, Int[np.ndarray, " n"]]:

@@ -23,7 +23,7 @@ from typing_extensions import override
 from kladi.errors import UserError, suggestion
 from kladi.evaluate.controls import shuffled_leaves
 from kladi.losses import HierarchicalCrossEntropy, HierarchyAwareCrossEntropy, SoftLabelCrossEntropy
-from kladi.losses.tree_cross_entropy import RowLoss
+from kladi.losses.tree_cross_entropy import RowLoss, proper_weighting
 from kladi.structure.parts import with_leaves
 from kladi.structure.taxonomy import Taxonomy
 
@@ -80,6 +80,11 @@ def read(table: Mapping[str, Any], where: str) -> Criterion:
         args[key] = tuple(value) if isinstance(value, list) else (value,)
         if not args[key]:
             raise UserError(f"{where}.{key} is an empty list")
+        for one in args[key]:
+            if key == "weighting" and not isinstance(one, str):
+                raise UserError(f"{where}.{key} = {one} is no text")
+            if key != "weighting" and (isinstance(one, bool) or not isinstance(one, int | float)):
+                raise UserError(f'{where}.{key} = "{one}" is no number')
     found = Criterion(loss, args)
     try:
         for variant in found.variants():
@@ -154,8 +159,8 @@ def judge(
     if shuffle is not None:
         leaf = _dealt(part, leaf, shuffle)
     if loss in {"hace", "hce"}:
-        args = {"retain": 1.0, **args} if loss == "hce" else args
-        made: RowLoss = HierarchyAwareCrossEntropy(part, **args)
+        usual: dict[str, Any] = {"retain": 1.0} if loss == "hce" else {"weighting": proper_weighting(part)}
+        made: RowLoss = HierarchyAwareCrossEntropy(part, **{**usual, **args})
         columns, column = np.arange(len(part)), leaf
     else:
         made = (HierarchicalCrossEntropy if loss == "hxe" else SoftLabelCrossEntropy)(part, **args)

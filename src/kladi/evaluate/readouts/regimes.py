@@ -154,25 +154,68 @@ def prototype(view: View) -> Iterator[Answered]:
 def head(view: View) -> Iterator[Answered]:
     """The answers of the classifier that was trained with the encoder, on the test rows; nothing is fitted.
 
-    An answer below a class that is scored counts as that class, with the sum of the probabilities.
+    Its labels count as the classes of the task that they are, or are below; probabilities are summed and normalised
+    over these. Rows whose label has other classes below it are left out, for every method: such a label is a part of
+    an answer, and some classifiers cannot give it.
     """
     if view.own is None:
         return
-    tax, scored = view.task.taxonomy, set(np.unique(view.task.target[view.task.target >= 0]).tolist())
-    known = [(column, int(tax.index(name))) for column, name in enumerate(view.own.names) if name in tax]
-    if not known:
+    known, scored = _known_answers(view), _answerable(view.task)
+    if len({node for _, node in known}) < 2:
         return
-    nodes = [next((int(v) for v in tax.ancestors(node)[::-1] if int(v) in scored), node) for _, node in known]
-    classes, place = np.unique(nodes, return_inverse=True)
+    classes, place = np.unique([node for _, node in known], return_inverse=True)
     log_p = view.own.log_p[:, [column for column, _ in known]].astype(np.float64)
     summed = np.full((len(log_p), len(classes)), -np.inf)
     for column, c in enumerate(place):
         summed[:, c] = np.logaddexp(summed[:, c], log_p[:, column])
+    summed -= np.logaddexp.reduce(summed, axis=1, keepdims=True)
     for part in view.parts:
         test = part.rows(TEST)
+        test = test[np.isin(view.target(test), scored)]
         if len(test):
             pred = classes[summed[test].argmax(axis=1)]
             yield part, Answers(view.method, "head", part.fold, part.repeat, test, pred, summed[test], classes)
+
+
+def head_notes(view: View) -> list[str]:
+    """What must be said of a classifier's own answers: labels that the task lacks, classes that it lacks, rows that
+    are left out."""
+    if view.own is None:
+        return []
+    task, names = view.task, view.task.taxonomy.names
+    known, scored = _known_answers(view), _answerable(task)
+    said = []
+    strangers = len(view.own.names) - len(known)
+    if strangers:
+        said.append(f"{strangers} of its {len(view.own.names)} labels are none of the task's, and are no answers")
+    reached = {node for _, node in known}
+    missing = [f'"{names[c]}"' for c in scored.tolist() if c not in reached]
+    if missing:
+        said.append(f"it knows no label of {', '.join(missing)}, whose images count as errors")
+    left_out = int(((task.target >= 0) & ~np.isin(task.target, scored)).sum())
+    if left_out:
+        said.append(f"{left_out:,} images whose label has other classes below it are left out")
+    if len(reached) < 2:
+        said.append("it has fewer than two answers here, so it is not asked")
+    return [f"{view.method}, its own classifier on {task.name}: {sentence}" for sentence in said]
+
+
+def _known_answers(view: View) -> list[tuple[int, int]]:
+    """(column, node) of the labels that the task knows: the class at or above each."""
+    tax, scored = view.task.taxonomy, set(_answerable(view.task).tolist())
+    found = []
+    for column, name in enumerate(view.own.names if view.own else ()):
+        node = view.task.node_of(name)
+        if node >= 0:
+            found.append((column, next((int(v) for v in tax.ancestors(node)[::-1] if int(v) in scored), node)))
+    return found
+
+
+def _answerable(task: Task) -> Int[np.ndarray, " C"]:
+    """The classes without another class below them."""
+    classes = np.unique(task.target[task.target >= 0])
+    above = {int(v) for c in classes for v in task.taxonomy.ancestors(int(c))[:-1]}
+    return np.array([c for c in classes if int(c) not in above], dtype=np.int64)
 
 
 def retrieval(view: View) -> Iterator[Found]:

@@ -9,6 +9,7 @@ convex, so there is no Newton system to solve: the sum over problems, which sepa
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,41 +19,73 @@ from torch import Tensor
 from kladi.evaluate import metrics
 from kladi.evaluate.answers import Answers, column_of, said
 from kladi.evaluate.readouts.criteria import Criterion, Judge, judges
-from kladi.evaluate.readouts.regimes import Part, View
+from kladi.evaluate.readouts.regimes import Part, ProbeNotes, View
 from kladi.evaluate.splits import TEST, TRAIN, VAL
 
-LAMBDAS = (1e-1, 1e-2, 1e-3, 1e-4)
+LAMBDAS = tuple(10.0 ** (1 - k) for k in range(7))
+"""Every other penalty of the plain probe's grid, from 10 down to 1e-5."""
 ENTRIES = 1 << 26
 """Logits that are held at once; problems beyond are solved after one another."""
 ITERATIONS = 400
 TOLERANCE = 1e-5
+NEAR = 1e-3
+"""The largest entry of a gradient at which a problem counts as solved: in float32, of a sum over all problems."""
 
 
 def tree_probe(
-    view: View, criterion: Criterion, *, seed: int = 0, lambdas: tuple[float, ...] = LAMBDAS
+    view: View,
+    criterion: Criterion,
+    notes: ProbeNotes | None = None,
+    *,
+    seed: int = 0,
+    lambdas: tuple[float, ...] = LAMBDAS,
 ) -> Iterator[tuple[Part, Answers]]:
-    """The probe of each fold: variant and penalty are those that are best on its validation rows."""
+    """The probe of each fold: variant and penalty are those that are best on its validation rows.
+
+    A shuffled criterion has another draw in each repeat.
+    """
+    notes = notes or ProbeNotes()
+    if not criterion.shuffled:
+        yield from _probed(view, criterion, notes, seed, lambdas)
+        return
+    for repeat in dict.fromkeys(part.repeat for part in view.parts):
+        places = [i for i, part in enumerate(view.parts) if part.repeat == repeat]
+        each = [view.features[i % len(view.features)] for i in places]
+        some = replace(
+            view,
+            parts=tuple(view.parts[i] for i in places),
+            features=tuple(each) if len(view.features) > 1 else view.features,
+        )
+        yield from _probed(some, criterion, notes, seed + repeat, lambdas)
+
+
+def _probed(
+    view: View, criterion: Criterion, notes: ProbeNotes, seed: int, lambdas: tuple[float, ...]
+) -> Iterator[tuple[Part, Answers]]:
+    """The probes of all folds of a view, each variant's together."""
     shown = list(view.able())
     if not shown:
         return
     train = np.stack([part.of == TRAIN for part, *_ in shown])
     classes = np.unique(view.task.target[train.any(axis=0)])
     code = column_of(view.task.target, classes)
-    best: list[tuple[tuple[float, float], np.ndarray] | None] = [None] * len(shown)
+    best: list[tuple[tuple[float, float], int, np.ndarray] | None] = [None] * len(shown)
     for judge in judges(criterion, view.task.taxonomy, classes, seed):
         matrices = [features for _, features, _ in shown] if len(view.features) > 1 else [view.features[0]]
-        for m, weight, bias in _solved(judge, matrices, code, train, lambdas):
+        for (m, penalty), solved, weight, bias in _solved(judge, matrices, code, train, lambdas):
             part, features, _ = shown[m]
+            notes.unsolved += not solved
             log_p = {rows: _log_p(judge, features, part.rows(rows), weight, bias) for rows in (VAL, TEST)}
             score = _score(log_p[VAL], view.target(part.rows(VAL)), classes)
             held = best[m]
             if held is None or score > held[0]:
-                best[m] = (score, log_p[TEST])
+                best[m] = (score, penalty, log_p[TEST])
     for (part, *_), found in zip(shown, best, strict=True):
         if found is not None:
-            pred = classes[found[1].argmax(axis=1)]
+            notes.penalties.append(found[1])
+            pred = classes[found[2].argmax(axis=1)]
             test = part.rows(TEST)
-            yield part, Answers(view.method, "probe", part.fold, part.repeat, test, pred, found[1], classes)
+            yield part, Answers(view.method, "probe", part.fold, part.repeat, test, pred, found[2], classes)
 
 
 def _score(
@@ -78,11 +111,11 @@ def _solved(
     code: Int[np.ndarray, " n"],
     train: Bool[np.ndarray, "M n"],
     lambdas: tuple[float, ...],
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(mask, weight [F, columns], bias [columns] on raw rows) of every mask and penalty."""
+) -> Iterator[tuple[tuple[int, int], bool, Tensor, Tensor]]:
+    """Of every mask and penalty: which they are, whether it was solved, weight [F, columns] and bias on raw rows."""
     used = train.any(axis=0)
     y = torch.from_numpy(code[used])
-    problems = [(m, penalty) for m in range(len(train)) for penalty in lambdas]
+    problems = [(m, penalty) for m in range(len(train)) for penalty in range(len(lambdas))]
     size = max(1, ENTRIES // max(1, int(used.sum()) * judge.columns))
     for start in range(0, len(problems), size):
         some = problems[start : start + size]
@@ -93,10 +126,11 @@ def _solved(
         sd = torch.stack([(s @ (a - mu) ** 2).sqrt() for s, a, mu in zip(share, x, mean, strict=True)])
         scale = torch.where(sd > 0, 1 / sd.clamp_min(1e-30), 0)
         shared = x[0] if len(matrices) == 1 else torch.stack(x)
-        V, b = _minimum(judge, shared, y, share, mean, scale, torch.tensor([penalty for _, penalty in some]))
+        penalties = torch.tensor([lambdas[penalty] for _, penalty in some])
+        V, b, solved = _minimum(judge, shared, y, share, mean, scale, penalties)
         weight = V * scale[:, :, None]
-        for p, (m, _) in enumerate(some):
-            yield m, weight[p], b[p] - mean[p] @ weight[p]
+        for p, which in enumerate(some):
+            yield which, bool(solved[p]), weight[p], b[p] - mean[p] @ weight[p]
 
 
 def _minimum(
@@ -107,8 +141,8 @@ def _minimum(
     mean: Float[Tensor, "P F"],
     scale: Float[Tensor, "P F"],
     penalty: Float[Tensor, " P"],
-) -> tuple[Float[Tensor, "P F K"], Float[Tensor, "P K"]]:
-    """V and b of all problems, from zero."""
+) -> tuple[Float[Tensor, "P F K"], Float[Tensor, "P K"], Bool[Tensor, " P"]]:
+    """V and b of all problems, from zero, and which of them have come near a minimum."""
     P, F = scale.shape
     V = torch.zeros(P, F, judge.columns, requires_grad=True)
     b = torch.zeros(P, judge.columns, requires_grad=True)
@@ -132,4 +166,7 @@ def _minimum(
         return value
 
     optimizer.step(objective)
-    return V.detach(), b.detach()
+    objective()
+    slopes = [torch.zeros_like(p) if p.grad is None else p.grad for p in (V, b)]
+    steepest = torch.maximum(slopes[0].abs().amax((1, 2)), slopes[1].abs().amax(1))
+    return V.detach(), b.detach(), steepest < NEAR
