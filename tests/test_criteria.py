@@ -61,6 +61,13 @@ def test_hce_and_plain_cross_entropy():
     assert torch.allclose(flat.rows(z, code), functional.cross_entropy(z, code, reduction="none"))
 
 
+def test_hace_is_anchored_where_leaves_lie_at_several_depths():
+    assert judge("hace", {}, TAX, CLASSES).loss.weighting == "anchored"
+    assert judge("hace", {"weighting": "geometric"}, TAX, CLASSES).loss.weighting == "geometric"
+    flat = Taxonomy.from_paths(["A/a", "B/b"])
+    assert judge("hace", {}, flat, flat.leaves).loss.weighting == "geometric"
+
+
 def test_shuffled_classes_stand_at_each_others_leaves():
     plain = next(judges(Criterion("hace"), TAX, CLASSES))
     drawn = [next(judges(Criterion("hace", shuffled=True), TAX, CLASSES, seed)) for seed in range(5)]

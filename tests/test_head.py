@@ -73,6 +73,32 @@ def test_answers_are_scored_where_the_task_scores():
     assert not without.rows
 
 
+def test_what_a_classifier_does_not_know_is_said():
+    names, log_p = ("A/a", "A/b/x", "Z/unknown"), np.log(np.full((4, 3), 1 / 3))
+    target = TAX.index(["A/a", "A/b/x", "B/c", "A/b"])
+    task = Task("label", TAX, target, np.arange(4))
+    method = Method("m", np.zeros((4, 3), np.float32), own=OwnAnswers(log_p, names))
+    measured = measure(method, task, (Part(0, 0, np.full(4, TEST)),), regimes=["head"])
+    said = " | ".join(measured.warnings)
+    assert "1 of its 3 labels are none of the task's" in said
+    assert 'it knows no label of "B/c"' in said
+    assert "1 images whose label has other classes below it are left out" in said
+    assert measured.answers[0].rows.tolist() == [0, 1, 2]
+    np.testing.assert_allclose(np.exp(measured.answers[0].scores).sum(1), 1)
+    lone = dataclasses.replace(method, own=OwnAnswers(log_p[:, :1], names[:1]))
+    assert not measure(lone, task, (Part(0, 0, np.full(4, TEST)),), regimes=["head"]).rows
+
+
+@pytest.mark.parametrize("answers", ["foo", {"columns": ["a"]}, {"columns": 5, "nodes": []}])
+def test_tampered_answers_are_a_damaged_run(tmp_path, answers):
+    fit(tiny.data(), tiny.settings(objective__name="hxe", train__epochs=1), tmp_path, progress=Silent())
+    described = json.loads((tmp_path / "config.json").read_text())
+    described["kladi"]["objective"]["answers"] = answers
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match="the run is damaged"):
+        heads.classifier(tmp_path)
+
+
 def test_a_run_without_a_classifier_has_none(tmp_path):
     fit(tiny.data(), tiny.settings(train__epochs=1), tmp_path, progress=Silent())
     assert heads.classifier(tmp_path) is None

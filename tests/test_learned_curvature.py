@@ -132,6 +132,12 @@ def test_a_space_without_that_curvature_is_refused(arguments, word):
         HierarchyWeightedContrastiveLoss(TAX, curvature=LearnedCurvature(0.1), **arguments)
 
 
+@pytest.mark.parametrize("clip", [0.0, -1.0, math.inf])
+def test_an_impossible_clip_is_refused(clip):
+    with pytest.raises(ValueError, match="clip must be positive"):
+        LearnedCurvature(0.1, clip)
+
+
 @pytest.mark.parametrize("start", [0.0, -1.0, 2.0, math.nan])
 def test_a_beginning_out_of_range_is_refused(start):
     with pytest.raises(ValueError, match="begin between"):

@@ -13,6 +13,7 @@ from kladi.learn import objectives, presets
 from kladi.learn.objectives import Siamese, Supervised, Term
 from kladi.learn.presets import Facts
 from kladi.models.heads import Projector
+from kladi.structure.taxonomy import Taxonomy
 
 B, D = 6, 4
 
@@ -229,7 +230,6 @@ def test_very_many_label_sets_are_compared_batch_by_batch(monkeypatch, unknown_p
 
 def test_auto_on_flat_labels_and_on_nothing():
     known = facts()
-    from kladi.structure.taxonomy import Taxonomy
 
     flat = Taxonomy.from_paths(["a", "b"])
     assert presets.choose(Facts(flat, np.array([0, 1, 1]), None)) == "supcon"
@@ -265,6 +265,20 @@ def test_mistakes_are_named(name, args, changes, said):
     with pytest.raises(UserError, match=said) as error:
         build(name, args, facts(**changes))
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "paths", "said"),
+    [
+        ("hxe", {}, ["A", "A/a"], 'all labels lie on one way down to "A/a"'),
+        ("tree_cross_entropy", {"soft_beta": 4.0}, ["A", "A/a", "B"], 'needs labels at leaves, and "A" has others'),
+        ("soft_labels", {}, ["A", "A/a", "B"], 'needs labels at leaves, and "A" has others below it'),
+    ],
+)
+def test_labels_that_a_tree_classifier_cannot_take_are_named(name, args, paths, said):
+    tax = Taxonomy.from_paths(paths)
+    with pytest.raises(UserError, match=said):
+        presets.build(name, args, Facts(tax, tax.index(paths), None), *parts())
 
 
 def test_one_class_is_refused_by_supervision():  # M14

@@ -15,6 +15,7 @@ Bertinetto et al., CVPR 2020, from the formulas.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import numpy as np
 import torch
@@ -96,7 +97,7 @@ def step_weights(tax: Taxonomy, alpha: float, normalise: bool = False) -> Float[
 # --- the losses -------------------------------------------------------------------------------------------------------
 
 
-class RowLoss(nn.Module):
+class RowLoss(nn.Module, ABC):
     """Mean over the batch of what `rows` says; `columns` logits a row, targets among `nodes` ids."""
 
     columns: int
@@ -118,9 +119,9 @@ class RowLoss(nn.Module):
             z = at_least_float32(logits)
             return self.rows(z, target).mean() if len(z) else z.sum()
 
+    @abstractmethod
     def rows(self, z: Float[Tensor, "B columns"], target: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
         """The loss of each row; nothing is checked."""
-        raise NotImplementedError
 
 
 class _PathLoss(RowLoss):

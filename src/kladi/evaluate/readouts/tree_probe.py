@@ -69,23 +69,25 @@ def _probed(
     train = np.stack([part.of == TRAIN for part, *_ in shown])
     classes = np.unique(view.task.target[train.any(axis=0)])
     code = column_of(view.task.target, classes)
-    best: list[tuple[tuple[float, float], int, np.ndarray] | None] = [None] * len(shown)
+    best: list[tuple[tuple[float, float], int, Judge, Tensor, Tensor] | None] = [None] * len(shown)
     for judge in judges(criterion, view.task.taxonomy, classes, seed):
         matrices = [features for _, features, _ in shown] if len(view.features) > 1 else [view.features[0]]
         for (m, penalty), solved, weight, bias in _solved(judge, matrices, code, train, lambdas):
             part, features, _ = shown[m]
             notes.unsolved += not solved
-            log_p = {rows: _log_p(judge, features, part.rows(rows), weight, bias) for rows in (VAL, TEST)}
-            score = _score(log_p[VAL], view.target(part.rows(VAL)), classes)
+            val = part.rows(VAL)
+            score = _score(_log_p(judge, features, val, weight, bias), view.target(val), classes)
             held = best[m]
             if held is None or score > held[0]:
-                best[m] = (score, penalty, log_p[TEST])
-    for (part, *_), found in zip(shown, best, strict=True):
+                best[m] = (score, penalty, judge, weight, bias)
+    for (part, features, _), found in zip(shown, best, strict=True):
         if found is not None:
-            notes.penalties.append(found[1])
-            pred = classes[found[2].argmax(axis=1)]
+            _, penalty, judge, weight, bias = found
+            notes.penalties.append(penalty)
             test = part.rows(TEST)
-            yield part, Answers(view.method, "probe", part.fold, part.repeat, test, pred, found[2], classes)
+            log_p = _log_p(judge, features, test, weight, bias)
+            pred = classes[log_p.argmax(axis=1)]
+            yield part, Answers(view.method, "probe", part.fold, part.repeat, test, pred, log_p, classes)
 
 
 def _score(
