@@ -24,8 +24,8 @@ BLOCK_BYTES = 256 * 2**20
 """Room for the blocks of the Hessian; where they need more, the first preconditioner stays."""
 MOST_PRODUCTS = 500
 """Products that one Newton step may cost: beyond, rounding has cost the directions their conjugacy."""
-Precondition = Callable[[Tensor, Tensor], Tensor]
-"""(vector [K, P', D + 1], which problems int64[P']) -> about the inverse Hessian times the vector."""
+Precondition = Callable[[Tensor], Callable[[Tensor], Tensor]]
+"""Which problems, int64[P'], -> (vector [K, P', D + 1] -> about the inverse Hessian times the vector)."""
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Batch:
             if precondition is None:
                 precondition = self._preconditioner(penalty, blocks=costly)
             # A small gradient alone does not bound what is left to gain where the penalty is weak.
-            rest = precondition(gradient, torch.arange(problems, device=penalty.device))
+            rest = precondition(torch.arange(problems, device=penalty.device))(gradient)
             gain = 0.5 * (rest * gradient).sum(dim=(0, 2))
             open_ = ~(((size < tolerance) & (gain <= tolerance * value)) | stalled | (spent >= most))
             part = torch.nonzero(open_).squeeze(1)
@@ -133,7 +133,8 @@ class Batch:
         step, first = torch.zeros_like(rest), _norm(rest)
         # Far from the optimum a rough step does as well; near it, the step is to end below the tolerance.
         enough = torch.maximum(0.3 * first.sqrt().clamp(max=0.3), 0.3 * tolerance / size[part]).clamp(max=0.3) * first
-        z = precondition(rest, part)
+        invert = precondition(part)
+        z = invert(rest)
         along, product = z, (rest * z).sum(dim=(0, 2))
         products = torch.zeros_like(part)
         running = torch.ones_like(part, dtype=torch.bool)
@@ -154,7 +155,7 @@ class Batch:
             running &= (_norm(rest) > enough) & (spent[part] + products < most)
             if not running.any():
                 break
-            z = precondition(rest, part)
+            z = invert(rest)
             new = (rest * z).sum(dim=(0, 2))
             along = z.addcmul(along, (new / product.clamp(min=1e-300))[:, None])
             product = new
@@ -187,12 +188,21 @@ class Batch:
         share = self._probability(slice(None))
         bend = (share * (1 - share)).mul_(self.weight[:, None]).masked_fill_((self.weight == 0)[:, None], 0.0)
         if blocks and 8 * self.columns * len(self.masks) * (self.design.width + 1) ** 2 <= BLOCK_BYTES:
-            factors = self.design.factors(bend, penalty, self.masks)
-            return lambda vector, part: torch.cholesky_solve(vector[..., None], factors[:, part])[..., 0]
+            # Inverted once: a triangular solve reads the same numbers at a seventh of a product's speed.
+            inverse = torch.cholesky_inverse(self.design.factors(bend, penalty, self.masks))
+
+            def exact(part: Tensor) -> Callable[[Tensor], Tensor]:
+                some = inverse if len(part) == len(self.masks) else inverse[:, part]  # copied once a step
+                return lambda vector: (vector[..., None, :] @ some)[..., 0, :]
+
+            return exact
         mean = bend.sum(dim=0).clamp(min=1e-12)[..., None]
-        return lambda vector, part: self.design.precondition(
-            vector, mean[:, part], penalty[part][:, None], self.masks[part]
-        )
+
+        def rough(part: Tensor) -> Callable[[Tensor], Tensor]:
+            bent, ridge, masks = mean[:, part], penalty[part][:, None], self.masks[part]
+            return lambda vector: self.design.precondition(vector, bent, ridge, masks)
+
+        return rough
 
     def _probability(self, part: Tensor | slice) -> Tensor:
         """Of each logit column, [n, K, P']."""
