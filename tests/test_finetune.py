@@ -15,7 +15,7 @@ from kladi.evaluate.evaluation import random_encoder
 from kladi.evaluate.measure import parts_of
 from kladi.evaluate.readouts import finetune
 from kladi.evaluate.readouts.criteria import Criterion, judges
-from kladi.evaluate.readouts.finetune import Recipe, fine_tune
+from kladi.evaluate.readouts.finetune import Recipe, begin, fine_tune
 from kladi.evaluate.splits import TEST, TRAIN, UNUSED, VAL, make_splits
 from kladi.structure.taxonomy import Taxonomy
 
@@ -39,7 +39,8 @@ def setting():
 def tuned(setting, recipe=QUICK, seed=0, **changes):
     encoder, data, task, part, config = setting
     named = {"task": task, "part": part, **changes}
-    return fine_tune(encoder, data, named["task"], named["part"], config, recipe, seed=seed)
+    start = begin(encoder, data, named["task"], named["part"], config.intensity)
+    return start and fine_tune(start, data, named["task"], named["part"], config, recipe, seed=seed)
 
 
 def test_it_answers_every_test_row_better_than_chance(setting):
@@ -73,10 +74,10 @@ def test_test_labels_and_rows_outside_the_fold_change_nothing(setting):
 def test_the_start_is_the_probe_of_settled_features(setting):
     """Running statistics of the training rows, then their probe: nothing of the encoder's own is read."""
     encoder, data, task, part, config = setting
-    own, probes, problem = finetune._start(encoder, data, task, part, config.intensity, "cpu")
-    classes = probes.classes
+    start = begin(encoder, data, task, part, config.intensity)
+    classes = start.probes.classes
     (judge,) = judges(Criterion(), task.taxonomy, classes)
-    model = finetune.Classifier(own, finetune._head(probes, problem, judge))
+    model = finetune.Classifier(start.encoder, finetune._head(start, judge))
     train = part.rows(TRAIN)
     first = next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
     seen = []
@@ -91,9 +92,8 @@ def test_the_start_is_the_probe_of_settled_features(setting):
         for module in encoder.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.running_mean += 3
-    again = finetune.Classifier(
-        finetune._start(encoder, data, task, part, config.intensity, "cpu")[0], finetune._head(probes, problem, judge)
-    )
+    settled = begin(encoder, data, task, part, config.intensity).encoder
+    again = finetune.Classifier(settled, finetune._head(start, judge))
     encoder.load_state_dict(before)
     for name, tensor in again.state_dict().items():
         torch.testing.assert_close(tensor, model.state_dict()[name])

@@ -606,6 +606,30 @@ def test_a_study_of_losses(ward, tmp_path):
     assert len(set(digests.values())) == len(digests)
 
 
+@pytest.mark.slow
+def test_methods_that_differ_in_their_loss_begin_at_one_place(ward, tmp_path, monkeypatch):
+    """Of each repeat one fold is fine-tuned, its start is made once, and sharing it changes no answer."""
+    plain = '[methods.plain]\nobjective.name = "none"\n'
+    hace = '[methods.hace]\nobjective.name = "none"\nclassify = { loss = "hace", retain = 0.5 }\n'
+    head = CLASSIFIERS.partition("[methods.flat]")[0]
+    head = head.replace('["head", "probe", "finetune"]', '["finetune"]').replace("flat", "hace")
+    head = head.replace('controls = ["shuffled_tree"]', "controls = []\ntrained_folds = 1")
+    head = head.replace("repeats = 1\nseeds = 1", "repeats = 2\nseeds = 2")
+    began = []
+    begin = cells.begin
+    monkeypatch.setattr(cells, "begin", lambda *given: began.append(given[3].repeat) or begin(*given))
+    values = []
+    for name, methods in (("both", plain + hace), ("one", hace)):
+        file = ward / f"{name}.toml"
+        file.write_text(head + methods + "[tasks.all]\n")
+        compare(file, tmp_path / name)
+        rows = results.read(tmp_path / name)["rows"]
+        assert {(row["fold"], row["repeat"]) for row in rows} == {(0, 0), (0, 1)}
+        values.append([row["value"] for row in rows if row["method"] == "hace"])
+    assert began == [0, 1, 0, 1]  # once a repeat for both methods, and again for the study of one
+    assert values[0] == values[1]
+
+
 def test_embeddings_from_a_file_are_a_method(ward, tmp_path):
     data = load(ward / "manifest.csv", settings.override(design.read(ward / "study.toml").config, {}))[0]
     rng = np.random.default_rng(0)

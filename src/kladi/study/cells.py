@@ -27,9 +27,9 @@ from kladi.evaluate.answers import Task
 from kladi.evaluate.embed import Embeddings
 from kladi.evaluate.measure import Keeper, Measured, Method, measure
 from kladi.evaluate.pretraining import own_answers, seen_rows, space_of
-from kladi.evaluate.readouts.finetune import fine_tune
+from kladi.evaluate.readouts.finetune import Start, begin, fine_tune
 from kladi.evaluate.readouts.published import COMPAT, Published, Regime, published
-from kladi.evaluate.readouts.regimes import Part
+from kladi.evaluate.readouts.regimes import Part, cannot
 from kladi.learn import run_folder
 from kladi.losses import geometry as spaces
 from kladi.study import arms as every
@@ -37,6 +37,9 @@ from kladi.study import design, record
 from kladi.study.arms import Arm
 from kladi.study.design import Study
 from kladi.study.questions import Asked, ask, fewer_labels, shuffled_labels
+
+_BEGUN: dict[tuple[str, str, int, int], Start | None] = {}
+"""The start of the last fine-tuning: one, as it holds an encoder."""
 
 
 @dataclass(frozen=True)
@@ -195,22 +198,25 @@ def _labels_beyond_the_fraction(study: Study, found: tuple[Arm, ...]) -> list[st
 
 
 def cells(context: Context) -> list[Cell]:
-    """Every cell of the study, in the order of its table."""
+    """Every cell of the study; those that train on one fold stand next to each other, as many begin at one place."""
     study = context.study
     found: list[Cell] = []
     for name, asked in context.asked.items():
-        for arm in context.arms:
-            for seed in context.seeds(arm):
-                if study.frozen:
-                    found += [Cell(arm.name, seed, name, "frozen", fraction) for fraction in study.label_fractions]
-                if arm.kind in {"embedded", "histogram", "shuffled_labels"}:
-                    continue  # nothing to train
-                found += [
-                    Cell(arm.name, seed, name, regime, 1.0, part.fold, part.repeat)
-                    for regime in study.trained
-                    for part in asked.parts
-                    if not arm.drawn or part.repeat % study.seeds == seed
-                ]
+        if study.frozen:
+            found += [
+                Cell(arm.name, seed, name, "frozen", fraction)
+                for arm in context.arms
+                for seed in context.seeds(arm)
+                for fraction in study.label_fractions
+            ]
+        found += [
+            Cell(arm.name, part.repeat % study.seeds if arm.drawn else 0, name, regime, 1.0, part.fold, part.repeat)
+            for regime in study.trained
+            for part in asked.parts
+            if asked.shift or not study.trained_folds or part.fold < study.trained_folds
+            for arm in context.arms
+            if arm.kind not in {"embedded", "histogram", "shuffled_labels"}  # nothing to train there
+        ]
     return found
 
 
@@ -309,24 +315,38 @@ def _published(study: Study, arm: Arm) -> Published:
 def _trained(cell: Cell, context: Context) -> Measured:
     arm, asked, study = context.arm(cell.arm), context.asked[cell.question], context.study
     part = next(p for p in asked.parts if (p.fold, p.repeat) == (cell.fold, cell.repeat))
-    encoder = every.encoder_of(arm, cell.seed, context.dataset, context.run_of(arm, cell.seed))
     wall, cpu = time.perf_counter(), time.process_time()
     seed = study.seed + cell.repeat
     data, task, device, name = context.dataset, asked.task, context.device, arm.name
     if study.compat:
         regime: Regime = "probe" if cell.regime == "probe" else "finetune"
         how, recipe = study.config.intensity, _published(study, arm)
+        encoder = every.encoder_of(arm, cell.seed, data, context.run_of(arm, cell.seed))
         answers = published(encoder, data, task, part, how, regime, recipe, method=name, seed=seed, device=device)
     else:
-        config, recipe = study.config, study.finetune
-        how = arm.classify
-        answers = fine_tune(
-            encoder, data, task, part, config, recipe, criterion=how, method=name, seed=seed, device=device
-        )
+        start, config, how = _begun(cell, part, context), study.config, arm.classify
+        recipe, answers = study.finetune, None
+        if start is not None:
+            answers = fine_tune(
+                start, data, task, part, config, recipe, criterion=how, method=name, seed=seed, device=device
+            )
     out = Measured()
     keep = Keeper(out, arm.name, asked.task, cell.seed)
     if answers is None:
-        keep.unable(cell.regime, (part,), "its training diverged: no look at the validation rows was finite")
+        why = cannot(part, task) or "its training diverged: no look at the validation rows was finite"
+        keep.unable(cell.regime, (part,), why)
     else:
         keep.answers([(part, answers)], (time.perf_counter() - wall, time.process_time() - cpu))
     return out
+
+
+def _begun(cell: Cell, part: Part, context: Context) -> Start | None:
+    """Where the fine-tuning of this cell begins; methods that differ in their loss alone share it."""
+    arm, asked = context.arm(cell.arm), context.asked[cell.question]
+    key = (arm.digest(cell.seed, context.data_digest), asked.digest, cell.fold, cell.repeat)
+    if key not in _BEGUN:
+        _BEGUN.clear()
+        encoder = every.encoder_of(arm, cell.seed, context.dataset, context.run_of(arm, cell.seed))
+        intensity, device = context.study.config.intensity, context.device
+        _BEGUN[key] = begin(encoder, context.dataset, asked.task, part, intensity, device)
+    return _BEGUN[key]

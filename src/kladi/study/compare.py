@@ -304,6 +304,7 @@ def _splits(context: Context) -> dict[str, Any]:
         "kind": "folds",
         "folds": context.study.folds,
         "repeats": context.study.repeats,
+        "trained_folds": context.study.trained_folds or context.study.folds,
         "group": "patient" if context.dataset.has_patients else None,
         "parts": parts,
     }

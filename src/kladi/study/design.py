@@ -81,6 +81,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "folds": (3, 100),
     "repeats": (1, 1000),
     "seeds": (1, 1000),
+    "trained_folds": (0, 100),
     "label_fractions": (1e-9, 1),
     "margin": (0, 1),
     "seed": (0, 2**31),
@@ -139,6 +140,8 @@ class Terms:
     repeats: int = 10
     seeds: int = 3
     """Of pretraining; repeat r uses seed r mod seeds."""
+    trained_folds: int = 0
+    """Of each repeat, how many folds are fine-tuned, which costs most; 0: all."""
     label_fractions: tuple[float, ...] = (1.0,)
     """Shares of the labelled training patients; 1 is always among them."""
     controls: tuple[Control, ...] = ()

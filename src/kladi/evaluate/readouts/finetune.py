@@ -95,8 +95,20 @@ class _Fold:
     classes: Int[np.ndarray, " C"]
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where fine-tuning begins: an encoder with the batch statistics of a fold's training rows, and their probe.
+
+    encoder: a copy, which fine-tuning leaves as it is. probes, problem: the fold's probes and the one that was chosen.
+    """
+
+    encoder: Encoder
+    probes: Probes
+    problem: int
+
+
 def fine_tune(
-    encoder: Encoder,
+    start: Start,
     dataset: Dataset,
     task: Task,
     part: Part,
@@ -108,17 +120,13 @@ def fine_tune(
     seed: int = 0,
     device: str = "cpu",
 ) -> Answers | None:
-    """Train a copy of the encoder on the training rows of one fold, and answer its test rows.
+    """Train a copy of the start's encoder on the training rows of one fold, and answer its test rows.
 
         AdamW on encoder and head, linear warm-up, cosine to zero, gradients clipped; crops of 80 to 100 % and the flips
         that `config.augment` allows; batch statistics are learnt.
 
-    At the start the running statistics of batch normalisation are those of the training rows, and the head is the
-    linear probe of what the encoder then shows. Without that an untrained network, whose running statistics mean
-    nothing, would start from a head for features that vanish with the first step.
-
     Args:
-        encoder: left as it is.
+        start: of this fold, from `begin`; every criterion can begin there.
         dataset: decoded by the encoder's intensity pipeline.
         task: targets of its rows.
         part: the fold.
@@ -128,23 +136,20 @@ def fine_tune(
         seed: of the order, the views and whatever is random inside the encoder.
 
     Returns:
-        None where the fold has fewer than two classes to train on, or no test row, or where training diverged.
+        None where training diverged.
     """
-    if cannot(part, task):
-        return None
     recipe = recipe or Recipe()
-    own, probes, problem = _start(encoder, dataset, task, part, config.intensity, device)
-    classes, best = probes.classes, _Best()
+    classes, best = start.probes.classes, _Best()
     every = [j.to(device) for j in judges(criterion or Criterion(), task.taxonomy, classes, seed)]
-    start = [Classifier(own, _head(probes, problem, judge)).to(device) for judge in every]
+    models = [Classifier(start.encoder, _head(start, judge)).to(device) for judge in every]
     devices = [torch.device(device).index or 0] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        for (judge, model), scale in itertools.product(zip(every, start, strict=True), recipe.scales):
+        for (judge, model), scale in itertools.product(zip(every, models, strict=True), recipe.scales):
             fold = _Fold(dataset, task, part, config, recipe, judge, classes)
             _train(copy.deepcopy(model), fold, scale, seed, best)
     if best.state is None or best.judge is None:
         return None
-    model = start[every.index(best.judge)]
+    model = copy.deepcopy(models[every.index(best.judge)])
     model.load_state_dict(best.state)
     test = part.rows(TEST)
     scores = log_probabilities(model, dataset, test, config.intensity, best.judge).numpy().astype(np.float64)
@@ -152,10 +157,20 @@ def fine_tune(
     return Answers(method, "finetune", part.fold, part.repeat, test, pred, scores, classes)
 
 
-def _start(
-    encoder: Encoder, dataset: Dataset, task: Task, part: Part, intensity: settings.Intensity, device: str
-) -> tuple[Encoder, Probes, int]:
-    """The encoder with the batch statistics of the training rows, and the probe of its features."""
+def begin(
+    encoder: Encoder, dataset: Dataset, task: Task, part: Part, intensity: settings.Intensity, device: str = "cpu"
+) -> Start | None:
+    """Settle a copy of the encoder on the training rows of one fold, and probe what it then shows.
+
+    The running statistics of batch normalisation become those of the training rows, and the head will be the linear
+    probe of the features after that. Without it an untrained network, whose running statistics mean nothing, would
+    start from a head for features that vanish with the first step.
+
+    Returns:
+        None where the fold has fewer than two classes to train on, or no test row.
+    """
+    if cannot(part, task):
+        return None
     own = copy.deepcopy(encoder).to(device)
     _settle_statistics(own, dataset, part.rows(TRAIN), intensity)
     features = np.zeros((len(dataset), own.width), dtype=np.float32)
@@ -163,7 +178,7 @@ def _start(
     with torch.no_grad():
         for index in blocks(rows):
             features[index] = own(plain(dataset, index, intensity, device)).float().cpu().numpy()
-    return own, *_probe(features, task, part)
+    return Start(own, *_probe(features, task, part))
 
 
 @torch.no_grad()
@@ -211,9 +226,10 @@ def _probe(features: Float32[np.ndarray, "n F"], task: Task, part: Part) -> tupl
     return probes, int(choose(np.array([scores]), probes.lambdas)[0])
 
 
-def _head(probes: Probes, problem: int, judge: Judge) -> nn.Linear:
+def _head(start: Start, judge: Judge) -> nn.Linear:
     """The probe as a linear layer on raw features, with the columns that the judge reads."""
-    found = torch.from_numpy(probes.weight[problem].T), torch.from_numpy(probes.intercept[problem])
+    probes, chosen = start.probes, start.problem
+    found = torch.from_numpy(probes.weight[chosen].T), torch.from_numpy(probes.intercept[chosen])
     weight, bias = judge.widened(*found)
     head = nn.Linear(weight.shape[1], len(bias))
     with torch.no_grad():
