@@ -81,10 +81,10 @@ WRITTEN = {
     ),
     "HiMulConLoss": Case(on_tree("HiMulConLoss"), target="nodes", pairwise=True, order_free=False),
     "HiMulConLoss, all rows": Case(on_tree("HiMulConLoss", deduplicate=False), target="nodes", pairwise=True),
-    "BarlowTwinsLoss": Case(of("BarlowTwinsLoss"), direction=False, needs=2),
-    "BYOLLoss": Case(of("BYOLLoss"), eats="pair"),
-    "MoCoV3Loss": Case(of("MoCoV3Loss"), eats="pair"),
-    "DINOLoss": Case(of("DINOLoss", dim=D), eats="pair", direction=False),
+    "BarlowTwinsLoss": Case(of("BarlowTwinsLoss"), direction=False, needs=2, views=2),
+    "BYOLLoss": Case(of("BYOLLoss"), eats="pair", views=2),
+    "MoCoV3Loss": Case(of("MoCoV3Loss"), eats="pair", views=2),
+    "DINOLoss": Case(of("DINOLoss", dim=D), eats="pair", direction=False, views=2),
     "HierarchyAwareCrossEntropy": Case(
         on_tree("HierarchyAwareCrossEntropy"), eats="logits", target="nodes", direction=False
     ),

@@ -10,14 +10,18 @@ from kladi.losses.tree_cross_entropy import (
     HierarchyAwareCrossEntropy,
     SoftLabelCrossEntropy,
 )
-from kladi.losses.views import NTXentLoss
+from kladi.losses.views import BarlowTwinsLoss, BYOLLoss, DINOLoss, MoCoV3Loss, NTXentLoss
 
 __all__ = [
+    "BYOLLoss",
+    "BarlowTwinsLoss",
+    "DINOLoss",
     "HiMulConLoss",
     "HierarchicalCrossEntropy",
     "HierarchyAwareCrossEntropy",
     "HierarchyWeightedContrastiveLoss",
     "LevelAwareMarginLoss",
+    "MoCoV3Loss",
     "MultiLabelContrastiveLoss",
     "NTXentLoss",
     "SoftLabelCrossEntropy",
