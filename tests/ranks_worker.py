@@ -13,6 +13,7 @@ import tiny
 from kladi.data.views.batch import View
 from kladi.data.views.loader import Loader
 from kladi.learn import presets, ranks
+from kladi.learn.facts import Facts
 from kladi.models.heads import Projector
 
 CASES = {
@@ -25,6 +26,10 @@ CASES = {
     "himulcon": {},
     "label_tree": {"views": 0.2},
     "label_tree poincare": {"geometry": "poincare", "learn_curvature": True},
+    "moco_v3": {},
+    "byol": {},
+    "dino": {"prototypes": 5},
+    "barlow_twins": {},
 }
 
 
@@ -44,7 +49,7 @@ def measured(name, rank, world):
     dataset = tiny.data(labelled=0.7)
     torch.manual_seed(0)
     encoder, projector = Flat(), Projector(12, 8, 6)
-    known = presets.Facts.of(dataset)
+    known = Facts.of(dataset)
     objective = presets.build(name.split()[0], CASES[name], known, encoder, projector)
     config = tiny.settings(train__batch=9)  # 5 rows for one process, 4 for the other
     loader = Loader(dataset, config, 2, torch.device("cpu"), rank=rank, world=world)

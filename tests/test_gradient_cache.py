@@ -16,6 +16,7 @@ from kladi.data.views.batch import View
 from kladi.data.views.loader import Loader
 from kladi.learn import gradient_cache, presets
 from kladi.learn.console import Silent
+from kladi.learn.facts import Facts
 from kladi.learn.fit import fit
 from kladi.models.heads import Projector
 
@@ -37,7 +38,7 @@ def setting(name, encoder):
     """An objective and a batch of eight images in float64."""
     dataset = tiny.data(labelled=0.7)
     torch.manual_seed(0)
-    known = presets.Facts.of(dataset)
+    known = Facts.of(dataset)
     args = ranks_worker.CASES[name]
     objective = presets.build(name.split()[0], args, known, encoder, Projector(12, 8, 6)).double()
     batch = next(Loader(dataset, tiny.settings(), 2, torch.device("cpu")).epoch(0))

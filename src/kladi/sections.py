@@ -123,7 +123,9 @@ class Encoder:
 WITH_LABELS = frozenset(
     {"cross_entropy", "himulcon", "hxe", "label_tree", "soft_labels", "supcon", "tree_cross_entropy"}
 )
-WITHOUT_LABELS = frozenset({"metadata", "simclr"})
+WITHOUT_STRUCTURE = frozenset({"barlow_twins", "byol", "dino", "moco_v3", "simclr"})
+"""Objectives that read neither label nor metadata."""
+WITHOUT_LABELS = WITHOUT_STRUCTURE | {"metadata"}
 """Objectives that read labels, and that read none; "auto" and a user's own are in neither."""
 
 

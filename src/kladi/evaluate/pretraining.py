@@ -21,7 +21,7 @@ from kladi.evaluate.readouts.regimes import OwnAnswers
 from kladi.learn import journal, run_folder
 from kladi.losses import geometry as spaces
 from kladi.models import backbones, heads
-from kladi.sections import WITHOUT_LABELS
+from kladi.sections import WITHOUT_LABELS, WITHOUT_STRUCTURE
 
 MOST_POINTS = 2000
 """Points of the training curves that are kept."""
@@ -72,7 +72,7 @@ def of_run(run: Path, dataset: Dataset) -> Pretraining:
     return Pretraining(
         objective=name,
         supervised=name not in WITHOUT_LABELS,
-        reads_metadata=name != "simclr",
+        reads_metadata=name not in WITHOUT_STRUCTURE,
         space=_space(args),
         seen=seen_rows(run, dataset),
         epochs=round(epochs) if isinstance(epochs, int | float) else None,

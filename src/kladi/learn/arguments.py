@@ -33,12 +33,13 @@ def _fitting(value: Any, annotation: str, what: str) -> Any:
     kinds: dict[str, tuple[type, str]] = {
         "float": (type(None), "a number"),
         "bool": (bool, "true or false"),
+        "int": (int, "a whole number"),
         "str": (str, "text"),
         "list[float]": (list, "a list of numbers"),
         "dict[str, float]": (dict, "a table, for example { modality = 2.0 }"),
     }
     wanted, words = kinds[kind]
-    if not isinstance(value, wanted):
+    if not isinstance(value, wanted) or (kind == "int" and isinstance(value, bool)):
         raise UserError(f'{what} = "{value}" is not {words}')
     if isinstance(value, dict):
         return {name: _fitting(inner, "float", f"{what}.{name}") for name, inner in value.items()}

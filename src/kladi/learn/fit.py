@@ -40,8 +40,10 @@ from kladi.learn import (
     training,
 )
 from kladi.learn.console import Lines
+from kladi.learn.facts import Facts
 from kladi.learn.journal import Journal
 from kladi.learn.log import Log
+from kladi.learn.objectives import Progress
 from kladi.learn.training import Training, learning_rate, seed_of
 from kladi.models import backbones
 
@@ -110,7 +112,7 @@ def fit(
                     log.say("waiting", f"for {t.fabric.world_size - 1} other processes")
                 _join(t)
                 log.data(dataset, t.objective)
-                name = presets.resolved(config.objective.name, presets.Facts.of(dataset))
+                name = presets.resolved(config.objective.name, Facts.of(dataset))
                 log.say("loss", f"{name} = {_formula(t.objective.weights)}")
                 log.say("batch", _batch(t))
                 if match is not None:
@@ -184,6 +186,7 @@ def _step(t: Training, batch: Batch, run: Path, waited: float) -> dict[str, Any]
     rate = learning_rate(t.step, t.steps, train.lr, train.warmup)
     for group in t.optimizer.param_groups:
         group["lr"] = rate
+    t.objective.before_step(Progress(t.step, t.steps, epoch - 1))
     terms = gradient_cache.backward(t.objective, batch, t.fabric, _noise(t), train.chunk)
     loss = t.objective.total(terms)
     ranks.mean_gradients(t.objective.parameters())
@@ -192,6 +195,7 @@ def _step(t: Training, batch: Batch, run: Path, waited: float) -> dict[str, Any]
         raise _not_finite(t, batch, terms, norm, run)
     t.optimizer.step()
     t.optimizer.zero_grad()
+    t.objective.after_step()
     t.step += 1
     return {
         "step": t.step,

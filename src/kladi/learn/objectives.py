@@ -1,7 +1,7 @@
 """What a step minimises: `objective(batch) -> {term: scalar}`, total = sum of weight x term.
 
-`Siamese` reads no label. `Supervised` shares one forward pass among named terms, each of which sees only the rows that
-have its target. `presets.py` builds them by name.
+`Supervised` shares one forward pass among named terms, each of which sees only the rows that have its target.
+`siamese.py` has the methods with a predictor or a moving target; `presets.py` builds all of them by name.
 """
 
 from __future__ import annotations
@@ -33,6 +33,15 @@ class Term:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """Where a training stands before a step. step: steps taken. steps: of the whole schedule. epoch: from 0."""
+
+    step: int
+    steps: int
+    epoch: int
+
+
+@dataclass(frozen=True)
 class Answers:
     """What a classifier that is trained along can say: the node of each of its columns, and those that may be the
     answer."""
@@ -54,6 +63,8 @@ class Supervised(nn.Module):
         terms: name -> `Term`.
         answers: of the one term that is a classifier; None where there is none.
     """
+
+    least = 1  # images in a batch
 
     def __init__(
         self, encoder: nn.Module, projector: nn.Module, terms: Mapping[str, Term], answers: Answers | None = None
@@ -95,6 +106,12 @@ class Supervised(nn.Module):
         found = next((module for module in self.modules() if isinstance(module, LearnedCurvature)), None)
         return {} if found is None else {"curvature": found().number}
 
+    def before_step(self, progress: Progress) -> None:
+        """What hangs on where the training stands: nothing here."""
+
+    def after_step(self) -> None:
+        """What follows the parameters once the optimiser has moved them: nothing here."""
+
     def _term(self, loss: nn.Module, z: Float[Tensor, "V B D"], batch: Batch, target: str) -> tuple[Tensor, float]:
         if not target:
             return loss(z), _idle_share(loss)
@@ -102,18 +119,6 @@ class Supervised(nn.Module):
         if not bool(present.any()):
             return z.float().sum() * 0, 1.0
         return loss(z[:, present], ranks.rows_of_all(batch.target[target])[present]), _idle_share(loss)
-
-
-class Siamese(Supervised):
-    """Two views through one network, and a criterion that reads no label: SimCLR with `NTXentLoss`.
-
-    Args:
-        encoder, projector: as in `Supervised`.
-        criterion: z float[V, B, D] -> scalar.
-    """
-
-    def __init__(self, encoder: nn.Module, projector: nn.Module, criterion: nn.Module, name: str = "views") -> None:
-        super().__init__(encoder, projector, {name: Term(criterion)})
 
 
 def project(encoder: nn.Module, projector: nn.Module, views: tuple[View, ...]) -> Float[Tensor, "V B D"]:

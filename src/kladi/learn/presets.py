@@ -6,7 +6,6 @@ The keyword arguments of a preset's function are the schema of `objective.args`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from kladi.data.dataset import TRAIN, Dataset
 from kladi.errors import UserError, suggestion
 from kladi.learn import plugin
 from kladi.learn.arguments import fitting
 from kladi.learn.classifier import LinearClassifier, TreeClassifier
-from kladi.learn.objectives import LABEL, METADATA, Answers, Siamese, Supervised, Term
+from kladi.learn.facts import Facts
+from kladi.learn.objectives import LABEL, METADATA, Answers, Supervised, Term
+from kladi.learn.unlabelled import barlow_twins, byol, dino, moco_v3, simclr
 from kladi.losses import (
     HierarchicalCrossEntropy,
     HierarchyAwareCrossEntropy,
@@ -36,40 +36,6 @@ from kladi.losses.tree_cross_entropy import RowLoss, proper_weighting
 from kladi.structure.labelset import TABLE_CLASSES, LabelSets
 from kladi.structure.parts import above
 from kladi.structure.taxonomy import Taxonomy
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a preset may know of the data.
-
-    taxonomy: of the labels, or None. target: node id of each training row, -1 where unlabelled. label_sets: or None.
-    """
-
-    taxonomy: Taxonomy | None
-    target: Int[np.ndarray, " n"]
-    label_sets: LabelSets | None
-
-    @classmethod
-    def of(cls, dataset: Dataset) -> Facts:
-        return cls(dataset.taxonomy, dataset.target[dataset.split == TRAIN], dataset.label_sets)
-
-    @property
-    def labelled(self) -> int:
-        return int((self.target >= 0).sum())
-
-    @property
-    def labels(self) -> Int[np.ndarray, " C"]:
-        """The labels that occur."""
-        return np.unique(self.target[self.target >= 0])
-
-    @property
-    def classes(self) -> int:
-        return len(self.labels)
-
-
-def simclr(facts: Facts, encoder: nn.Module, projector: nn.Module, *, temperature: float = 0.1) -> Supervised:  # noqa: ARG001
-    """Views of one image attract each other (NT-Xent); no label is read."""
-    return Siamese(encoder, projector, NTXentLoss(temperature=temperature), name="ntxent")
 
 
 def supcon(
@@ -281,11 +247,15 @@ def resolved(name: str, facts: Facts) -> str:
 Preset = Callable[..., Supervised]
 PRESETS: dict[str, Preset] = {
     "auto": auto,
+    "barlow_twins": barlow_twins,
+    "byol": byol,
     "cross_entropy": cross_entropy,
+    "dino": dino,
     "himulcon": himulcon,
     "hxe": hxe,
     "label_tree": label_tree,
     "metadata": metadata,
+    "moco_v3": moco_v3,
     "simclr": simclr,
     "soft_labels": soft_labels,
     "supcon": supcon,

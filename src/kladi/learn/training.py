@@ -22,11 +22,14 @@ from kladi.data.dataset import Dataset
 from kladi.data.views.loader import Loader
 from kladi.errors import UserError, suggestion
 from kladi.learn import checkpoint, monitors, objectives, presets, ranks, run_folder, state
+from kladi.learn.facts import Facts
 from kladi.models import backbones, weights
 from kladi.models.heads import Projector
 
 VIEWS = 2
 PRECISIONS = ("32-true", "bf16-mixed")
+MOVING_COPY = "target."
+"""Of the state: what a checkpoint keeps and a finished run does not."""
 
 
 @dataclass
@@ -77,12 +80,14 @@ def assemble(dataset: Dataset, config: settings.Config, fabric: Fabric) -> Train
     check(config.train)
     encoder = backbones.build(config.encoder, config.intensity)
     projector = Projector(encoder.width, *config.encoder.projector)
-    facts = presets.Facts.of(dataset)
+    facts = Facts.of(dataset)
     objective = presets.build(config.objective.name, config.objective.args, facts, encoder, projector)
     objective.to(fabric.device)
     if fabric.device.type == "cuda" and fabric.world_size > 1:
         objective = convert_sync_batchnorm(objective)  # torch has none for the CPU: there each process has its own
     loader = Loader(dataset, config, VIEWS, fabric.device, rank=fabric.global_rank, world=fabric.world_size)
+    if loader.batch < objective.least:
+        raise UserError(f"--train.batch {loader.batch}: {config.objective.name} takes {objective.least} or more")
     optimizer = optimizer_of(objective, config.train)
     return Training(config, dataset, fabric, encoder, objective, optimizer, loader, run_folder.digest(dataset))
 
@@ -206,15 +211,17 @@ def restore(t: Training, folder: Path) -> None:
 
 def export(t: Training, run: Path) -> None:
     """The encoder with timm's plain keys, its description, and the head, so that z can be computed again."""
-    weights.write(run / "head.safetensors", weights.to_bytes(state.head_tensors(t.objective)))
+    head = {n: v for n, v in state.head_tensors(t.objective).items() if not n.startswith(MOVING_COPY)}
+    weights.write(run / "head.safetensors", weights.to_bytes(head))
     objective = t.config.objective
     facts = {
         "objective": {
-            "name": presets.resolved(objective.name, presets.Facts.of(t.dataset)),
+            "name": presets.resolved(objective.name, Facts.of(t.dataset)),
             "args": {**objective.args, **t.objective.learned()},
             "weights": t.objective.weights,
             **({"answers": dataclasses.asdict(t.objective.answers)} if t.objective.answers else {}),
         },
+        "projector_form": t.objective.projector.form,
         "taxonomy_digest": None if t.dataset.taxonomy is None else t.dataset.taxonomy.digest,
         "data_digest": t.data_digest,
         "seed": t.config.train.seed,

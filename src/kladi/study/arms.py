@@ -29,6 +29,7 @@ from kladi.evaluate.evaluation import random_encoder
 from kladi.evaluate.readouts.criteria import Criterion, judges
 from kladi.evaluate.readouts.regimes import OwnAnswers
 from kladi.learn import console, presets, run_folder, training
+from kladi.learn.facts import Facts
 from kladi.learn.fit import fit
 from kladi.models import backbones, heads
 from kladi.models.heads import Projector
@@ -151,7 +152,7 @@ def require_buildable(found: Sequence[Arm], dataset: Dataset) -> None:
             if arm.kind == "pretrained":
                 training.check(config.train)
                 projector = Projector(encoder.width, *config.encoder.projector)
-                facts = presets.Facts.of(dataset)
+                facts = Facts.of(dataset)
                 presets.build(config.objective.name, config.objective.args, facts, encoder, projector)
         except UserError as error:
             raise UserError(f"methods.{arm.name}: {error}") from None
