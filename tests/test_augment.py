@@ -487,7 +487,7 @@ def test_bits_do_not_depend_on_how_many_images_share_a_pass(monkeypatch: pytest.
 
 
 def test_elementwise_exponentials_are_the_same_wherever_an_element_stands() -> None:
-    """What `augment._power` rests on, and what `torch.pow` does not give on every processor."""
+    """What `augment.power` rests on, and what `torch.pow` does not give on every processor."""
     x = torch.rand(1031, generator=torch.Generator().manual_seed(0))
     for function in (torch.log, torch.exp):
         whole = function(x)

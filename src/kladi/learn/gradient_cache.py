@@ -16,7 +16,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from kladi.data.views.batch import Batch, View
+from kladi.data.views.batch import Batch
 from kladi.learn.objectives import Supervised
 
 
@@ -38,7 +38,7 @@ def backward(objective: Supervised, batch: Batch, fabric: Fabric, seed: int, chu
 
     def embedded(number: int) -> Tensor:
         torch.manual_seed(seed + (number << 32))  # dropout falls alike both times
-        views = tuple(View(view.image[parts[number]]) for view in batch.views)
+        views = tuple(view.changed(lambda tensor: tensor[parts[number]]) for view in batch.views)
         with fabric.autocast():
             return objective.embed(views)
 

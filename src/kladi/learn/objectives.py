@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from typing_extensions import override
 
-from kladi.data.views.batch import Batch, View
+from kladi.data.views.batch import Batch, View, joined
 from kladi.learn import ranks
 from kladi.losses.geometry import LearnedCurvature
 
@@ -58,7 +58,7 @@ class Supervised(nn.Module):
     saw) without a positive.
 
     Args:
-        encoder: float[n, C, H, W] -> [n, F].
+        encoder: called with `view.inputs`, [n, C, H, W] and what else the views carry -> [n, F].
         projector: [n, F] -> [n, D].
         terms: name -> `Term`.
         answers: of the one term that is a classifier; None where there is none.
@@ -123,10 +123,9 @@ class Supervised(nn.Module):
 
 def project(encoder: nn.Module, projector: nn.Module, views: tuple[View, ...]) -> Float[Tensor, "V B D"]:
     """Embeddings of all views; views of one size share one pass, and so their batch statistics."""
-    images = [view.image for view in views]
-    if len({image.shape for image in images}) > 1:
-        return torch.stack([projector(encoder(image)) for image in images])
-    return projector(encoder(torch.cat(images))).unflatten(0, (len(images), -1))
+    if len({view.image.shape for view in views}) > 1:
+        return torch.stack([projector(encoder(*view.inputs)) for view in views])
+    return projector(encoder(*joined(views).inputs)).unflatten(0, (len(views), -1))
 
 
 def _idle_share(loss: nn.Module) -> float:

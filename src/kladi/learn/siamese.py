@@ -42,7 +42,7 @@ class Siamese(Supervised):
     Rows of several processes are gathered behind the encoder: the heads, which normalise over the batch, see all of it.
 
     Args:
-        encoder: float[B, C, H, W] -> [B, F].
+        encoder: called with `view.inputs` -> [B, F].
         projector: [n, F] -> [n, D].
         criterion: of z or p float[V, B, D], and of t where there is a target.
         name: of the term.
@@ -90,7 +90,7 @@ class Siamese(Supervised):
     @override
     def embed(self, views: tuple[View, ...]) -> Float[Tensor, "V B F"]:
         """Features of each view, in a pass of its own; the heads come behind the gathering of all processes' rows."""
-        return torch.stack([self.encoder(view.image) for view in views])
+        return torch.stack([self.encoder(*view.inputs) for view in views])
 
     @override
     def terms(self, embedded: Float[Tensor, "V B F"], batch: Batch) -> dict[str, Tensor]:
@@ -103,7 +103,7 @@ class Siamese(Supervised):
 
     @torch.no_grad()
     def _targets(self, target: nn.ModuleDict, batch: Batch) -> Float[Tensor, "V B D"]:
-        features = torch.stack([target["encoder"](view.image) for view in batch.views], dim=1)
+        features = torch.stack([target["encoder"](*view.inputs) for view in batch.views], dim=1)
         gathered = ranks.rows_of_all(features).transpose(0, 1)
         return torch.stack([target["last"](target["projector"](view)) for view in gathered])
 

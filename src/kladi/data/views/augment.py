@@ -246,11 +246,11 @@ def _view(pixels: Tensor, extent: np.ndarray, p: Parameters, size: int) -> Tenso
     transform = affine(window, p.angle, p.flip_horizontal, p.flip_vertical, size)
     view = resample(pixels, transform, size)
     view = _light(view, p, full=float(torch.iinfo(pixels.dtype).max))
-    view = _on(view, p.gamma != 1, lambda part, rows: _power(part, p.gamma[rows]))
+    view = _on(view, p.gamma != 1, lambda part, rows: power(part, p.gamma[rows]))
     view = _on(
         view, (p.saturation != 1) | (p.hue != 0), lambda part, rows: _tint(part, p.saturation[rows], p.hue[rows])
     )
-    view = _on(view, p.sigma > 0, lambda part, rows: _blur(part, p.sigma[rows] * size))
+    view = _on(view, p.sigma > 0, lambda part, rows: blur(part, p.sigma[rows] * size))
     return _on(view, p.noise > 0, lambda part, rows: _noise(part, p, rows))
 
 
@@ -294,7 +294,7 @@ def _mean_luminance(view: Tensor, full: float) -> Tensor:
     return (total / view[0, 0].numel()).view(-1, 1, 1, 1)
 
 
-def _power(view: Tensor, gamma: np.ndarray) -> Tensor:
+def power(view: Tensor, gamma: np.ndarray) -> Tensor:
     """x ^ gamma as exp(gamma log x), 0 staying 0; in place. (`pow` treats the last few elements of an array apart.)"""
     return view.log_().mul_(_column(gamma, view)).exp_()
 
@@ -317,7 +317,7 @@ def _tint(view: Tensor, saturation: np.ndarray, hue: np.ndarray) -> Tensor:
     return view.clamp_(0, 1)
 
 
-def _blur(view: Tensor, sigma: np.ndarray) -> Tensor:
+def blur(view: Tensor, sigma: np.ndarray) -> Tensor:
     """Gaussian of `sigma` pixels, cut at 3 sigma, along columns and then rows; the edge is repeated outwards."""
     reach = np.ceil(3 * sigma)
     radius = int(reach.max())

@@ -1,8 +1,8 @@
-"""The frozen values that travel from the data to the loss: `View` and `Batch`."""
+"""The frozen values that travel from the data to the loss: `View`, with `Diagrams` where topology is seen, `Batch`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,16 +11,49 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Diagrams:
+    """The most persistent points of each image's persistence diagram, H0 first.
+
+    points: float[B, k, 2], (birth, death). mask: bool[B, k], False where there is no such point: what `points` holds
+    there must not be read.
+    """
+
+    points: Float[Tensor, "B k 2"]
+    mask: Bool[Tensor, "B k"]
+
+
+@dataclass(frozen=True)
 class View:
     """One augmented look at each image of a batch.
 
     image: float[B, C, H, W], normalised as the encoder expects it.
+    diagram: of the same pixels, where the encoder looks at topology.
     """
 
     image: Float[Tensor, "B C H W"]
+    diagram: Diagrams | None = None
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What the encoder is called with: `encoder(*view.inputs)`."""
+        return (self.image,) if self.diagram is None else (self.image, self.diagram.points, self.diagram.mask)
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> View:
+        """Every tensor of it changed in one way: some of the rows, another device."""
+        diagram = self.diagram and Diagrams(change(self.diagram.points), change(self.diagram.mask))
+        return View(change(self.image), diagram)
 
     def to(self, device: torch.device) -> View:
-        return View(self.image.to(device, non_blocking=True))
+        return self.changed(lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def joined(views: Sequence[View]) -> View:
+    """Views one after another, as one of all their rows."""
+    diagrams = [view.diagram for view in views if view.diagram is not None]
+    image = torch.cat([view.image for view in views])
+    if not diagrams:
+        return View(image)
+    return View(image, Diagrams(torch.cat([d.points for d in diagrams]), torch.cat([d.mask for d in diagrams])))
 
 
 @dataclass(frozen=True)
