@@ -30,13 +30,13 @@ demo: $(VENV)/.demo        ## pretrain and evaluate on the embedded DICOM exampl
 	$(BIN)/python -m kladi.demo
 
 test: $(VENV)/.test        ## every test; `make test PYTEST='-m "not slow"'` leaves the slow ones out
-	$(BIN)/python -m pytest -n 2 $(PYTEST) tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST) tests
 
 check: $(VENV)/.test       ## format, lint, types, fast tests
 	$(BIN)/ruff format --check src tests bench
 	$(BIN)/ruff check src tests bench
 	$(BIN)/pyrefly check
-	$(BIN)/python -m pytest -n 2 -m "not slow" tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" tests
 
 format: $(VENV)/.test
 	$(BIN)/ruff format src tests bench

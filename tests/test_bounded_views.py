@@ -142,15 +142,15 @@ def test_an_operation_that_never_mostly_hits_is_left_out(monkeypatch):
     require_enough(found)
 
 
-@pytest.mark.slow
-def test_a_second_sample_finds_the_same_shares():
-    first = calibrate(pictures(20, seed=1), draws(20, 1).row_id)
-    assert {"brightness", "gamma", "noise"} <= set(first.ranges["weak"])
-    second = Original.of(pictures(20, seed=2), draws(20, 2).row_id)
+def test_a_second_sample_finds_the_same_shares(monkeypatch):
+    monkeypatch.setattr(calibration, "OPERATIONS", {name: OPERATIONS[name] for name in ("brightness", "gamma")})
+    first = calibrate(pictures(10, 16, seed=1), draws(10, 1).row_id)
+    second = Original.of(pictures(10, 16, seed=2), draws(10, 2).row_id)
     for band, operations in first.ranges.items():
+        assert set(operations) == {"brightness", "gamma"}
         for name, chosen in operations.items():
             inside = [calibration._share(moved(second, name, u, 5), band) for u in (chosen.low, chosen.high)]
-            assert np.mean(inside) > chosen.share - 0.35, (band, name)
+            assert np.mean(inside) > chosen.share - 0.3, (band, name)
 
 
 def test_blank_images_are_counted_and_a_set_of_them_refused():
