@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kladi import evaluate, losses
-    from kladi.models.backbones import load
+    from kladi.models.fused import load
     from kladi.structure.labelset import LabelSets
     from kladi.structure.taxonomy import Taxonomy
 
@@ -27,7 +27,7 @@ def __getattr__(name: str) -> Any:
 
         return LabelSets
     if name == "load":
-        from kladi.models.backbones import load
+        from kladi.models.fused import load
 
         return load
     if name == "losses":

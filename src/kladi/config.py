@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from kladi.errors import UserError, closest, suggestion
-from kladi.sections import RANGES, Augment, Config, Data, Encoder, Evaluate, Init, Intensity, Objective, Train
+from kladi.sections import RANGES, Augment, Config, Data, Encoder, Evaluate, Init, Intensity, Objective, Topology, Train
 
 __all__ = [
     "Augment",
@@ -32,6 +32,7 @@ __all__ = [
     "Init",
     "Intensity",
     "Objective",
+    "Topology",
     "Train",
     "filled",
     "from_dict",

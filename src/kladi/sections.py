@@ -196,6 +196,22 @@ class Init:
 
 
 @dataclass(frozen=True)
+class Topology:
+    """The persistence diagram of each view beside its pixels: which parts are connected, which holes enclosed."""
+
+    on: bool = False
+    """Fuse diagrams into the encoder, and train on pairs of views whose change of topology is bounded."""
+    fuse: bool = True
+    """With `on`: whether diagrams reach the encoder; false: bounded views alone, a control."""
+    encoder: typing.Literal["auto", "paper", "small"] = "auto"
+    """Size of the diagram encoder; auto: paper for 1,000 features and 128 px on, else small."""
+    side: int = 0
+    """Side of the square that diagrams are made of, pixels; 0: that of the image, at most 112."""
+    calibration: int = 128
+    """Training images that the strengths of the bounded views are measured on, one a patient."""
+
+
+@dataclass(frozen=True)
 class Evaluate:
     """The measuring protocol."""
 
@@ -224,6 +240,7 @@ class Config:
     objective: Objective = field(default_factory=Objective)
     train: Train = field(default_factory=Train)
     init: Init = field(default_factory=Init)
+    topology: Topology = field(default_factory=Topology)
     evaluate: Evaluate = field(default_factory=Evaluate)
 
 
@@ -241,6 +258,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.per_label": (0, 2**20),
     "train.devices": (1, 4096),
     "train.nodes": (1, 4096),
+    "topology.side": (0, 8192),
+    "topology.calibration": (1, 10**6),
     "evaluate.folds": (3, 100),
     "evaluate.repeats": (1, 1000),
     "evaluate.bootstrap": (0, 10**6),

@@ -37,7 +37,7 @@ from kladi.evaluate.record import account, atlas, figures, results
 from kladi.evaluate.record.account import Subject
 from kladi.evaluate.record.files import write_private
 from kladi.evaluate.record.results import Row
-from kladi.models import backbones, heads
+from kladi.models import backbones, fused, heads
 
 CONTROLS = ("random_encoder", "histogram")
 PACKAGES = ("numpy", "scipy", "scikit-learn", "torch", "timm", "umap-learn")
@@ -144,7 +144,7 @@ def _source(source: str | Path | nn.Module, dataset: Dataset, config: settings.C
         architecture: Any = getattr(source, "architecture", None)
         return Subject("encoder", source, None, intensity, Pretraining(), architecture, "given")
     run = Path(source)
-    module = backbones.load(run)
+    module = fused.load(run)
     about = pretraining.of_run(run, dataset)
     name = about.objective.partition(":")[2] or about.objective or "encoder"
     return Subject(name, module, heads.load(run), module.intensity, about, module.architecture, "pretrained")

@@ -19,12 +19,15 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from kladi import config as settings
 from kladi.data.dataset import Dataset
+from kladi.data.views.bounded_pair import BoundedPair, strengths_of
 from kladi.data.views.loader import Loader
 from kladi.errors import UserError, suggestion
 from kladi.learn import checkpoint, monitors, objectives, presets, ranks, run_folder, state
 from kladi.learn.facts import Facts
 from kladi.models import backbones, weights
+from kladi.models.fused import Fused, fused, side_of
 from kladi.models.heads import Projector
+from kladi.models.topology import SIZES
 
 VIEWS = 2
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -78,18 +81,34 @@ def assemble(dataset: Dataset, config: settings.Config, fabric: Fabric) -> Train
         UserError: whatever is wrong with the configuration, or with the data for this objective.
     """
     check(config.train)
-    encoder = backbones.build(config.encoder, config.intensity)
+    encoder = built_encoder(config)
     projector = Projector(encoder.width, *config.encoder.projector)
     facts = Facts.of(dataset)
     objective = presets.build(config.objective.name, config.objective.args, facts, encoder, projector)
     objective.to(fabric.device)
     if fabric.device.type == "cuda" and fabric.world_size > 1:
         objective = convert_sync_batchnorm(objective)  # torch has none for the CPU: there each process has its own
-    loader = Loader(dataset, config, VIEWS, fabric.device, rank=fabric.global_rank, world=fabric.world_size)
+    bounded, (rank, world) = _bounded(dataset, config, encoder), (fabric.global_rank, fabric.world_size)
+    loader = Loader(dataset, config, VIEWS, fabric.device, rank=rank, world=world, bounded=bounded)
     if loader.batch < objective.least:
         raise UserError(f"--train.batch {loader.batch}: {config.objective.name} takes {objective.least} or more")
     optimizer = optimizer_of(objective, config.train)
     return Training(config, dataset, fabric, encoder, objective, optimizer, loader, run_folder.digest(dataset))
+
+
+def built_encoder(config: settings.Config) -> backbones.Encoder:
+    """A fresh encoder, with a diagram encoder round it where topology is fused."""
+    encoder = backbones.build(config.encoder, config.intensity)
+    return fused(encoder, config.topology) if config.topology.on and config.topology.fuse else encoder
+
+
+def _bounded(dataset: Dataset, config: settings.Config, encoder: backbones.Encoder) -> BoundedPair | None:
+    """Where views come from if topology is on."""
+    if not config.topology.on:
+        return None
+    side = side_of(config.topology, config.intensity.size)
+    tokens = (SIZES[encoder.size].k0, SIZES[encoder.size].k1) if isinstance(encoder, Fused) else None
+    return BoundedPair(dataset, config, strengths_of(dataset, config, side), side, tokens)
 
 
 def check(train: settings.Train) -> None:
@@ -222,6 +241,7 @@ def export(t: Training, run: Path) -> None:
             **({"answers": dataclasses.asdict(t.objective.answers)} if t.objective.answers else {}),
         },
         "projector_form": t.objective.projector.form,
+        **({"topology": t.encoder.description()} if isinstance(t.encoder, Fused) else {}),
         "taxonomy_digest": None if t.dataset.taxonomy is None else t.dataset.taxonomy.digest,
         "data_digest": t.data_digest,
         "seed": t.config.train.seed,

@@ -51,7 +51,7 @@ class Encoder(nn.Module):
     """A timm model without classifier: images -> one feature vector each.
 
     model: the timm model; its `state_dict` has timm's plain keys.
-    width: length F of a feature vector.
+    width: length F of a feature vector. features: that of the timm model, where more is built round it.
     intensity: the pipeline that images must go through before the encoder sees them.
     """
 
@@ -60,7 +60,7 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.width = width
+        self.width = self.features = width
         self.architecture = architecture
         self.intensity = intensity
         self.layout = _layout(model)
@@ -190,11 +190,7 @@ def load_weights(encoder: Encoder, path: str | Path) -> Match:
 
 
 def load(run: str | Path) -> Encoder:
-    """The encoder of a finished run, in evaluation mode: float[B, C, H, W] -> [B, F].
-
-    >>> encoder = kladi.load("runs/a")  # doctest: +SKIP
-    >>> encoder(encoder.preprocess("scan.png")[None]).shape  # doctest: +SKIP
-    torch.Size([1, 512])
+    """The timm model of a finished run, in evaluation mode; `fused.load` adds what was trained round it.
 
     Raises:
         UserError: the folder holds no finished encoder, or its weights do not fit its description.
@@ -241,7 +237,7 @@ def describe(encoder: Encoder, facts: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "architecture": encoder.architecture.name,
         "num_classes": 0,
-        "num_features": encoder.width,
+        "num_features": encoder.features,
         "model_args": {**encoder.architecture.args, **_size_argument(encoder.architecture, intensity)},
         "pretrained_cfg": {
             "input_size": shape,

@@ -155,7 +155,8 @@ def load(run: str | Path) -> Projector | None:
     if not file.is_file():
         return None
     described = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
-    width, (hidden, dim) = described["num_features"], described["kladi"]["projector"]
+    fused = described["kladi"].get("topology") or {}
+    width, (hidden, dim) = fused.get("features", described["num_features"]), described["kladi"]["projector"]
     form = described["kladi"].get("projector_form", "plain")
     if form not in FORMS:
         raise UserError(f'{file}: this kladi knows no projector of the form "{form}"; pip install --upgrade kladi')

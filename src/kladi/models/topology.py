@@ -168,31 +168,6 @@ def balance(gate: Float[Tensor, "B 5"]) -> Float[Tensor, ""]:
     return (functional.relu(q - 0.5).sum() + functional.relu(0.05 - q).sum()).clamp(max=5.0)
 
 
-class Fused(nn.Module):
-    """An encoder round an encoder: an image and its diagram to one vector, no method knows of it.
-
-    Args:
-        encoder: float[B, C, H, W] -> [B, F], as it is: nothing in it is initialised again.
-        topology: as it is.
-        features: F.
-        embed, out: of the mixture.
-    """
-
-    def __init__(
-        self, encoder: nn.Module, topology: TopologyEncoder, features: int, *, embed: int = 256, out: int = 512
-    ) -> None:
-        super().__init__()
-        self.encoder, self.topology, self.width = encoder, topology, out
-        self.visual = three_layers(features, 2 * embed, embed)
-        self.mixture = MixtureOfExperts(embed, out)
-
-    @override
-    def forward(
-        self, image: Float[Tensor, "B C H W"], tokens: Float[Tensor, "B k 2"], mask: Bool[Tensor, "B k"]
-    ) -> Float[Tensor, "B out"]:
-        return self.mixture(self.visual(self.encoder(image)), self.topology(tokens, mask))
-
-
 def three_layers(width: int, hidden: int, out: int) -> nn.Sequential:
     """Linear layers with layer normalisation and GELU between."""
     return nn.Sequential(

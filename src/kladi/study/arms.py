@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
 from jaxtyping import Int
 
 from kladi import __version__
@@ -25,13 +26,12 @@ from kladi.evaluate import baselines
 from kladi.evaluate.answers import Task
 from kladi.evaluate.controls import shuffled_leaves
 from kladi.evaluate.embed import Embeddings, describe, embed
-from kladi.evaluate.evaluation import random_encoder
 from kladi.evaluate.readouts.criteria import Criterion, judges
 from kladi.evaluate.readouts.regimes import OwnAnswers
 from kladi.learn import console, presets, run_folder, training
 from kladi.learn.facts import Facts
 from kladi.learn.fit import fit
-from kladi.models import backbones, heads
+from kladi.models import backbones, fused, heads
 from kladi.models.heads import Projector
 from kladi.sections import WITHOUT_LABELS
 from kladi.study.design import NOT_PRETRAINED, Study
@@ -146,7 +146,7 @@ def require_buildable(found: Sequence[Arm], dataset: Dataset) -> None:
             continue
         config = arm.config
         try:
-            encoder = random_encoder(config.encoder, config.intensity)
+            encoder = _fresh(config, seed=0)
             if config.init.weights:
                 backbones.load_weights(encoder, config.init.weights)
             if arm.kind == "pretrained":
@@ -221,11 +221,18 @@ def encoder_of(arm: Arm, seed: int, dataset: Dataset, folder: Path) -> backbones
             if not (folder / "model.safetensors").is_file():
                 seen = shuffled(arm, seed, dataset)
                 fit(seen, arm.seeded(seed), folder, resume=folder.is_dir(), progress=console.Silent())
-            return backbones.load(folder)
-    encoder = random_encoder(arm.config.encoder, arm.config.intensity, seed=seed)
+            return fused.load(folder)
+    encoder = _fresh(arm.config, seed)
     if arm.kind == "given":
         backbones.load_weights(encoder, arm.config.init.weights)
     return encoder
+
+
+def _fresh(config: settings.Config, seed: int) -> backbones.Encoder:
+    """The encoder with the random weights that training would start from; the caller's generator is kept."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # forked above: seeds nothing beyond this block
+        return training.built_encoder(config).eval()
 
 
 def shuffled(arm: Arm, seed: int, dataset: Dataset) -> Dataset:

@@ -126,6 +126,11 @@ def grey(x: Float[Tensor, "b C S S"], low: Float64[np.ndarray, " b"], high: Floa
     return np.clip(np.divide(mean - low[:, None, None], width, out=np.zeros_like(mean), where=width > 0), 0, 1)
 
 
+def shrunk(x: Float[Tensor, "b C S S"], side: int) -> Float[Tensor, "b C s s"]:
+    """Reduced to the side that diagrams are made of, by means over areas; never enlarged."""
+    return functional.adaptive_avg_pool2d(x, side) if x.shape[-1] > side else x
+
+
 def _blend(x: Tensor, y: Tensor, amount: Tensor) -> Tensor:
     most = (y - x).abs().amax(dim=(1, 2, 3), keepdim=True)
     return x + (amount / most.clamp(min=1e-12)).clamp(max=1.0) * (y - x)

@@ -17,6 +17,7 @@ from kladi import config as settings
 from kladi.data.dataset import TRAIN, Dataset
 from kladi.data.views import augment, philox
 from kladi.data.views.batch import Batch, View
+from kladi.data.views.bounded_pair import BoundedPair
 from kladi.data.views.sampling import with_mates
 from kladi.errors import RunStopped, UserError
 
@@ -41,6 +42,7 @@ class Loader:
         device: where batches are prepared and end up.
         rows: positions in the data set; None: those that the split calls TRAIN.
         rank, world: of several processes; each gets its consecutive share of every batch.
+        bounded: where views come from, in the place of augmentation.
 
     Raises:
         UserError: no rows; augmentation that the images cannot have.
@@ -56,6 +58,7 @@ class Loader:
         rows: Int[np.ndarray, " m"] | None = None,
         rank: int = 0,
         world: int = 1,
+        bounded: BoundedPair | None = None,
     ) -> None:
         augment.check(config.augment, config.intensity.channels)
         for key, least in (("batch", 1), ("workers", 0)):
@@ -63,7 +66,7 @@ class Loader:
                 raise UserError(f"--train.{key} {getattr(config.train, key)}: takes {least} or more")
         self.dataset, self.config, self.views, self.device = dataset, config, views, device
         self.rows = np.flatnonzero(dataset.split == TRAIN) if rows is None else rows.astype(np.int64)
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.bounded = rank, world, bounded
         if len(self.rows) == 0:
             raise UserError("no rows to train on: the split calls none of them train")
         if min(config.train.batch, len(self.rows)) < world:
@@ -121,20 +124,25 @@ class Loader:
     def prepare(self, epoch: int, rows: Int[np.ndarray, " all"]) -> Batch:
         """The batch of these rows in that epoch, of this process' share of them; a pure function of both."""
         share = np.array_split(rows, self.world)[self.rank]
-        data, device = self.dataset, self.device
-        pixels = torch.from_numpy(data.store.gather(share)).to(device, non_blocking=True)
-        extent, row_id = data.store.extent[share], data.row_id[share]
-        views = []
-        for view in range(self.views):
-            drawn = augment.draw(self.config.augment, self.config.train.seed, epoch, row_id, view)
-            views.append(View(augment.apply(pixels, extent, drawn, self.config.intensity)))
+        device = self.device
+        views = self._augmented(share, epoch) if self.bounded is None else self.bounded.views(share, epoch, device)
         classes = {name: torch.from_numpy(ids[share]).to(device) for name, ids in self._classes.items()}
         return Batch(
-            views=tuple(views),
+            views=views,
             target={name: ids.clamp(min=0) for name, ids in classes.items()},
             present={name: ids >= 0 for name, ids in classes.items()},
             row=torch.from_numpy(share).to(device),
         )
+
+    def _augmented(self, share: Int[np.ndarray, " b"], epoch: int) -> tuple[View, ...]:
+        data, config = self.dataset, self.config
+        pixels = torch.from_numpy(data.store.gather(share)).to(self.device, non_blocking=True)
+        extent, row_id = data.store.extent[share], data.row_id[share]
+        views = []
+        for view in range(self.views):
+            drawn = augment.draw(config.augment, config.train.seed, epoch, row_id, view)
+            views.append(View(augment.apply(pixels, extent, drawn, config.intensity)))
+        return tuple(views)
 
     def _named(self, epoch: int, step: int, rows: np.ndarray) -> Batch:
         try:

@@ -1,0 +1,157 @@
+"""The pair of views that topology is trained on: one whose diagram moves a little, one whose diagram moves more.
+
+A view is one operation of `bounded`, drawn among those that calibration found usable, at a strength drawn from its
+range, then one of the flips and turns that `augment` allows; these change no diagram. Diagrams are those of the pixels
+that the encoder sees, normalised by the range of the unchanged image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Float64, Int
+from torch import Tensor
+
+from kladi import __version__
+from kladi import config as settings
+from kladi.data.dataset import TRAIN, Dataset
+from kladi.data.views import augment, bounded, philox
+from kladi.data.views.batch import Diagrams, View
+from kladi.data.views.calibration import Original, Range, Strengths, calibrate, require_enough
+from kladi.structure.topology import BANDS, diagram
+
+STREAM = "bounded"
+OPERATION, STRENGTH, UP, ACROSS, DOWN, TURN = range(6)
+"""Number of each draw. A new one goes to the end."""
+
+
+class BoundedPair:
+    """The views of any rows in any epoch; a pure function of (seed, epoch, row), whoever asks.
+
+    Args:
+        dataset: whose images are read.
+        config: `intensity`, `augment` (which flips are allowed), `train.seed`.
+        strengths: from `strengths_of`.
+        side: of the square that diagrams are made of.
+        tokens: points of H0 and H1 that a view's diagram keeps; None: views without diagrams.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: settings.Config,
+        strengths: Strengths,
+        side: int,
+        tokens: tuple[int, int] | None,
+    ) -> None:
+        self.dataset, self.config, self.strengths, self.side, self.tokens = dataset, config, strengths, side, tokens
+        # Of each row once it was met: range of the grey levels, and what a strength of 1 is in them.
+        self._known = np.full((len(dataset), 3), np.nan)
+
+    def views(self, rows: Int[np.ndarray, " b"], epoch: int, device: torch.device) -> tuple[View, ...]:
+        """The weak view and the strong one."""
+        x = pictures(self.dataset, rows, self.config.intensity)
+        low, high, unit = self._facts(rows, x)
+        views = []
+        for number, band in enumerate(BANDS):
+            seen = self._changed(x, band, rows, epoch, number, unit)
+            diagrams = None if self.tokens is None else self._diagrams(seen, low, high)
+            views.append(View(_normalised(seen, self.config.intensity), diagrams).to(device))
+        return tuple(views)
+
+    def _facts(self, rows: np.ndarray, x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        new = np.flatnonzero(np.isnan(self._known[rows, 0]))
+        if len(new):
+            found = Original.of(bounded.shrunk(x[torch.from_numpy(new)], self.side), self.dataset.row_id[rows[new]])
+            self._known[rows[new]] = np.stack([found.low, found.high, found.unit], axis=1)
+        low, high, unit = self._known[rows].T
+        return low, high, unit
+
+    def _changed(
+        self, x: Tensor, band: str, rows: np.ndarray, epoch: int, number: int, unit: Float64[np.ndarray, " b"]
+    ) -> Float32[Tensor, "b C S S"]:
+        seed, row_id, ranges = self.config.train.seed, self.dataset.row_id[rows], self.strengths.ranges[band]
+        u = philox.uniform(seed, STREAM, row_id, epoch, number, np.arange(TURN + 1)).T
+        names = sorted(ranges)
+        pick = np.floor(u[OPERATION] * len(names)).astype(int)
+        out = torch.empty_like(x)
+        for k, name in enumerate(names):
+            some = np.flatnonzero(pick == k)
+            if len(some):
+                strength = ranges[name].low + (ranges[name].high - ranges[name].low) * u[STRENGTH][some]
+                draw = bounded.Draw(u[UP][some] < 0.5, row_id[some], seed, epoch, number)
+                index = torch.from_numpy(some)
+                out[index] = bounded.changed(x[index], name, strength * unit[some], draw)
+        return bounded.turned(out, self._turns(u))
+
+    def _turns(self, u: Float64[np.ndarray, "draws b"]) -> Int[np.ndarray, " b"]:
+        """Of the eight those that the settings allow: quarter turns only where an image has no left and no up."""
+        across, down = self.config.augment.flip_horizontal > 0, self.config.augment.flip_vertical > 0
+        if across and down:
+            return np.floor(u[TURN] * bounded.TURNS).astype(np.int64)
+        mirror = bounded.TURNS // 2  # left to right; with half a turn, top to bottom
+        return np.where(u[ACROSS] < 0.5, mirror * across + (mirror + 2) * down, 0).astype(np.int64)
+
+    def _diagrams(self, x: Tensor, low: np.ndarray, high: np.ndarray) -> Diagrams:
+        k0, k1 = self.tokens or (0, 0)
+        found = [diagram(v).tokens(k0, k1) for v in bounded.grey(bounded.shrunk(x, self.side), low, high)]
+        points, mask = zip(*found, strict=True)
+        return Diagrams(torch.from_numpy(np.stack(points)), torch.from_numpy(np.stack(mask)))
+
+
+def strengths_of(dataset: Dataset, config: settings.Config, side: int) -> Strengths:
+    """The calibrated strengths for this data set and these settings; kept beside the store, measured once.
+
+    Raises:
+        UserError: too few operations are usable.
+    """
+    rows = _sample(dataset, config)
+    said = [__version__, dataset.store.digest, dataclasses.asdict(config.intensity), side, len(rows), config.train.seed]
+    key = hashlib.sha256(json.dumps(said).encode() + dataset.row_id[rows].tobytes()).hexdigest()[:16]
+    file = dataset.store.folder.parent / f"strengths-{key}.json"
+    if file.is_file():
+        found = _read(file)
+    else:
+        x = bounded.shrunk(pictures(dataset, rows, config.intensity), side)
+        found = calibrate(x, dataset.row_id[rows], config.train.seed)
+        file.write_text(written(found), encoding="utf-8")
+    require_enough(found)
+    return found
+
+
+def written(strengths: Strengths) -> str:
+    """The table as JSON; distances are left out."""
+    ranges = {band: {n: dataclasses.asdict(r) for n, r in some.items()} for band, some in strengths.ranges.items()}
+    return json.dumps({"ranges": ranges, "skipped": strengths.skipped}, indent=1) + "\n"
+
+
+def _read(file: Path) -> Strengths:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    ranges = {band: {n: Range(**r) for n, r in some.items()} for band, some in content["ranges"].items()}
+    return Strengths(ranges, int(content["skipped"]), {})
+
+
+def _sample(dataset: Dataset, config: settings.Config) -> Int[np.ndarray, " m"]:
+    """Training rows, one a patient, by lot."""
+    rows = np.flatnonzero(dataset.split == TRAIN)
+    order = rows[philox.epoch_order(config.train.seed, 0, dataset.row_id[rows])]
+    _, first = np.unique(dataset.group[order], return_index=True)
+    return order[np.sort(first)][: config.topology.calibration]
+
+
+def pictures(
+    dataset: Dataset, rows: Int[np.ndarray, " b"], intensity: settings.Intensity
+) -> Float32[Tensor, "b C S S"]:
+    """Whole images in [0, 1], before normalisation, on the CPU."""
+    bare = dataclasses.replace(intensity, mean=(0.0,), std=(1.0,))
+    return augment.plain(dataset.store.gather(rows), dataset.store.extent[rows], bare).clamp_(0, 1)
+
+
+def _normalised(x: Float32[Tensor, "b C S S"], intensity: settings.Intensity) -> Float32[Tensor, "b C S S"]:
+    mean, std = (torch.tensor(v, dtype=torch.float32).view(1, -1, 1, 1) for v in (intensity.mean, intensity.std))
+    return (x - mean) / std

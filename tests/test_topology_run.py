@@ -1,0 +1,160 @@
+"""Topology in a run: bounded pairs with their diagrams, a fused encoder that is kept, resumed, embedded, compared."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import kladi
+import tiny
+from kladi.data.views import bounded_pair
+from kladi.data.views.bounded import grey
+from kladi.data.views.bounded_pair import BoundedPair, pictures, strengths_of
+from kladi.data.views.calibration import Range, Strengths
+from kladi.evaluate.embed import embed
+from kladi.learn.console import Silent
+from kladi.learn.fit import fit
+from kladi.models import backbones, fused, heads
+from kladi.structure.topology import diagram
+
+SOME = {"noise": Range(0.04, 0.1, 0.9, 0.08, 10), "brightness": Range(0.05, 0.14, 1.0, 0.1, 10)}
+STRONG = {"noise": Range(0.15, 0.2, 0.9, 0.2, 10), "gamma": Range(0.16, 0.24, 1.0, 0.2, 10)}
+STRENGTHS = Strengths({"weak": SOME, "strong": STRONG}, 0, {})
+ON = {"topology__on": True, "topology__encoder": "small", "encoder__args": {"drop_rate": 0.2}}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def known_strengths(monkeypatch):
+    """Calibration has its own tests; here it would take a minute a run."""
+    monkeypatch.setattr("kladi.learn.training.strengths_of", lambda dataset, config, side: STRENGTHS)
+
+
+def pair(data, tokens=(4, 6), side=16, **changes):
+    return BoundedPair(data, tiny.settings(**ON, **changes), STRENGTHS, side, tokens)
+
+
+def test_views_are_a_function_of_row_and_epoch():
+    data = tiny.data()
+    one = pair(data)
+    whole = one.views(np.arange(8), 3, CPU)
+    part = pair(data).views(np.array([5, 2]), 3, CPU)
+    for seen, some in zip(whole, part, strict=True):
+        assert all(torch.equal(a[[5, 2]], b) for a, b in zip(seen.inputs, some.inputs, strict=True))
+    other = one.views(np.arange(8), 4, CPU)
+    assert not torch.equal(whole[0].image, other[0].image)
+    assert not torch.equal(whole[0].image, whole[1].image)
+
+
+def test_the_diagram_is_that_of_the_view_in_the_range_of_the_original():
+    data = tiny.data()
+    views = pair(data).views(np.arange(4), 0, CPU)
+    config = tiny.settings(**ON)
+    x = pictures(data, np.arange(4), config.intensity).double().mean(dim=1).flatten(1)
+    low, high = x.amin(dim=1).numpy(), x.amax(dim=1).numpy()
+    for view in views:
+        seen = view.image * config.intensity.std[0] + config.intensity.mean[0]
+        for i, v in enumerate(grey(seen.double(), low, high)):
+            points, mask = diagram(v).tokens(4, 6)
+            np.testing.assert_allclose(view.diagram.points[i], points, atol=1e-5)
+            np.testing.assert_array_equal(view.diagram.mask[i], mask)
+
+
+def test_without_tokens_views_have_no_diagram():
+    (weak, strong) = pair(tiny.data(), tokens=None).views(np.arange(3), 0, CPU)
+    assert weak.diagram is None
+    assert len(strong.inputs) == 1
+
+
+@pytest.mark.parametrize(
+    ("across", "down", "count"), [(0.0, 0.0, 1), (0.5, 0.0, 2), (0.0, 0.5, 2), (0.5, 0.5, 8)], ids=str
+)
+def test_only_the_flips_that_the_settings_allow(across, down, count):
+    data = tiny.data()
+    one = pair(data, augment__flip_horizontal=across, augment__flip_vertical=down)
+    u = np.random.default_rng(0).random((bounded_pair.TURN + 1, 400))
+    turns = one._turns(u)
+    x = torch.rand(1, 1, 5, 5).expand(400, -1, -1, -1)
+    found = bounded_pair.bounded.turned(x, turns)
+    kinds = {image.numpy().tobytes() for image in found}
+    assert len(kinds) == count
+    if (across, down) == (0.5, 0.0):
+        assert x[0].flip(2).contiguous().numpy().tobytes() in kinds
+    if (across, down) == (0.0, 0.5):
+        assert x[0].flip(1).contiguous().numpy().tobytes() in kinds
+
+
+@pytest.mark.slow
+def test_strengths_are_measured_once_and_kept(tmp_path, monkeypatch):
+    data = tiny.data(size=24)
+    data = dataclasses.replace(data, store=dataclasses.replace(data.store, folder=tmp_path / "store" / "x"))
+    (tmp_path / "store").mkdir()
+    config = tiny.settings(**ON, topology__calibration=6, intensity__size=24)
+    monkeypatch.setattr(bounded_pair, "require_enough", lambda found: None)
+    first = strengths_of(data, config, 24)
+    monkeypatch.setattr(bounded_pair, "calibrate", None)
+    second = strengths_of(data, config, 24)
+    assert first.ranges == second.ranges
+    assert first.skipped == second.skipped
+
+
+@pytest.mark.parametrize("name", ["simclr", "byol", "dino", "moco_v3", "barlow_twins", "label_tree", "metadata"])
+def test_every_method_trains_with_topology_and_goes_on_to_the_same_bits(tmp_path, name):
+    data = tiny.data()
+    changes = {**ON, "objective__name": name}
+    fit(data, tiny.settings(**changes), tmp_path / "whole", progress=Silent())
+    fit(data, tiny.settings(**changes, train__max_steps=4), tmp_path / "cut", progress=Silent())
+    fit(data, tiny.settings(**changes), tmp_path / "cut", resume=True, progress=Silent())
+    for file in ("model.safetensors", "head.safetensors"):
+        whole, cut = load_file(tmp_path / "whole" / file), load_file(tmp_path / "cut" / file)
+        assert all(torch.equal(cut[key], value) for key, value in whole.items())
+    encoder = kladi.load(tmp_path / "cut")
+    found = embed(encoder, data, head=heads.load(tmp_path / "cut"))
+    assert found.features.shape == (len(data), 512)
+    assert found.z.shape == (len(data), 8)
+    plain = backbones.load(tmp_path / "cut")  # what timm alone would open
+    assert type(plain) is backbones.Encoder
+    assert json.loads((tmp_path / "cut" / "config.json").read_text())["num_features"] == plain.width
+
+
+def test_every_part_of_the_fused_encoder_learns(tmp_path):
+    data = tiny.data()
+    config = tiny.settings(**ON, objective__name="simclr", train__epochs=1)
+    torch.manual_seed(0)
+    fit(data, config, tmp_path / "run", progress=Silent())
+    trained = fused.load(tmp_path / "run")
+    fit(data, tiny.settings(**ON, objective__name="simclr", train__lr=1e-12), tmp_path / "start", progress=Silent())
+    start = fused.load(tmp_path / "start")
+    for part in ("topology.point", "topology.within0", "topology.from1", "mixture.score", "mixture.experts", "visual"):
+        mine = [t for n, t in trained.state_dict().items() if n.startswith(part)]
+        theirs = [t for n, t in start.state_dict().items() if n.startswith(part)]
+        assert any((a - b).abs().max() > 1e-6 for a, b in zip(mine, theirs, strict=True)), part
+
+
+def test_bounded_views_alone_are_a_control(tmp_path):
+    fit(tiny.data(), tiny.settings(**ON, topology__fuse=False, objective__name="simclr"), tmp_path, progress=Silent())
+    assert type(fused.load(tmp_path)) is backbones.Encoder
+
+
+def test_called_with_an_image_it_makes_the_diagram_itself():
+    config = tiny.settings(**ON)
+    encoder = fused.fused(backbones.build(config.encoder, config.intensity), config.topology).eval()
+    image = torch.rand(3, 1, 16, 16)
+    points, mask = encoder.tokens(encoder.diagrams(image), CPU)
+    assert torch.equal(encoder(image), encoder(image, points, mask))
+    assert mask.any(dim=1).all()
+    assert not torch.equal(encoder(image), encoder(image, points, torch.zeros_like(mask)))
+    bright = encoder.diagrams(0.5 * image + 0.1)  # its own range: contrast and brightness do not matter
+    for a, b in zip(bright, encoder.diagrams(image), strict=True):
+        np.testing.assert_allclose(a.h0, b.h0, atol=1e-5)
+
+
+def test_sizes_follow_the_image_encoder():
+    config = tiny.settings(**{**ON, "topology__encoder": "auto"})
+    small = fused.fused(backbones.build(config.encoder, config.intensity), config.topology)
+    assert small.size == "small"
+    assert fused.side_of(config.topology, 224) == 112
+    assert fused.side_of(config.topology, 64) == 64
