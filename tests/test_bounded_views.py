@@ -158,9 +158,7 @@ def test_blank_images_are_counted_and_a_set_of_them_refused():
     small = {"noise": OPERATIONS["noise"]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibration, "OPERATIONS", small)
-        said = []
-        assert calibrate(x, draws(5).row_id, say=said.append).skipped == 2
-        assert said == ["noise"]
+        assert calibrate(x, draws(5).row_id).skipped == 2
     with pytest.raises(UserError, match="none of 2 images has a component or a hole"):
         calibrate(x[3:], draws(2).row_id)
 

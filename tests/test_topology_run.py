@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def known_strengths(monkeypatch):
     """Calibration has its own tests; here it would take a minute a run."""
-    monkeypatch.setattr("kladi.learn.training.strengths_of", lambda dataset, config, side: STRENGTHS)
+    monkeypatch.setattr("kladi.learn.training.strengths_of", lambda dataset, config, side, say: STRENGTHS)
 
 
 def pair(data, tokens=(4, 6), side=16, **changes):
@@ -94,7 +94,9 @@ def test_strengths_are_measured_once_and_kept(tmp_path, monkeypatch):
     (tmp_path / "store").mkdir()
     config = tiny.settings(**ON, topology__calibration=6, intensity__size=24)
     monkeypatch.setattr(bounded_pair, "require_enough", lambda found: None)
-    first = strengths_of(data, config, 24)
+    said = []
+    first = strengths_of(data, config, 24, lambda *words: said.append(words))
+    assert said == [("topology", "measuring how far 8 operations move 6 diagrams, once")]
     monkeypatch.setattr(bounded_pair, "calibrate", None)
     second = strengths_of(data, config, 24)
     assert first.ranges == second.ranges
@@ -137,6 +139,8 @@ def test_every_part_of_the_fused_encoder_learns(tmp_path):
 def test_bounded_views_alone_are_a_control(tmp_path):
     fit(tiny.data(), tiny.settings(**ON, topology__fuse=False, objective__name="simclr"), tmp_path, progress=Silent())
     assert type(fused.load(tmp_path)) is backbones.Encoder
+    said = "topology   no diagrams; weak views by 2 operations, strong views by 2 operations"
+    assert said in (tmp_path / "log.txt").read_text()
 
 
 def test_called_with_an_image_it_makes_the_diagram_itself():

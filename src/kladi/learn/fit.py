@@ -88,9 +88,10 @@ def fit(
     run = Path(run)
     if resume and not run.is_dir():
         raise UserError(f"--resume: there is no {run}; leave --resume out to begin there")
+    progress = progress or Lines()
     with _repeatable(config.train) as fabric:
         torch.manual_seed(seed_of(config.train.seed, "init"))
-        t = training.assemble(dataset, config, fabric)  # nothing is written before all of this stands
+        t = training.assemble(dataset, config, fabric, progress.say)  # nothing is written before all of this stands
         goes_on = resume and checkpoint.exist(run)  # a run that was stopped before its first checkpoint begins again
         match = None if goes_on or not config.init.weights else backbones.load_weights(t.encoder, config.init.weights)
         if ranks.follows(config.train):
@@ -107,7 +108,7 @@ def fit(
                 run_folder.require_empty(run)
             if found is None:
                 checkpoint.check_space(run, training.snapshot(t))
-            with Log(run, progress or Lines(), config.train.tensorboard) as log:
+            with Log(run, progress, config.train.tensorboard) as log:
                 if t.fabric.world_size > 1:
                     log.say("waiting", f"for {t.fabric.world_size - 1} other processes")
                 _join(t)
@@ -115,6 +116,8 @@ def fit(
                 name = presets.resolved(config.objective.name, Facts.of(dataset))
                 log.say("loss", f"{name} = {_formula(t.objective.weights)}")
                 log.say("batch", _batch(t))
+                if t.loader.bounded is not None:
+                    log.say("topology", str(t.loader.bounded))
                 if match is not None:
                     log.say("weights", str(match))
                 if found is None:

@@ -8,6 +8,7 @@ import importlib.util
 import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,13 @@ class Training:
         return self.step % self.loader.steps == 0
 
 
-def assemble(dataset: Dataset, config: settings.Config, fabric: Fabric) -> Training:
+def assemble(
+    dataset: Dataset, config: settings.Config, fabric: Fabric, say: Callable[[str, str], None] | None = None
+) -> Training:
     """Encoder, projector, objective, optimiser and loader; fresh weights from torch's current generator.
+
+    Args:
+        say: told of what takes a while.
 
     Raises:
         UserError: whatever is wrong with the configuration, or with the data for this objective.
@@ -88,7 +94,7 @@ def assemble(dataset: Dataset, config: settings.Config, fabric: Fabric) -> Train
     objective.to(fabric.device)
     if fabric.device.type == "cuda" and fabric.world_size > 1:
         objective = convert_sync_batchnorm(objective)  # torch has none for the CPU: there each process has its own
-    bounded, (rank, world) = _bounded(dataset, config, encoder), (fabric.global_rank, fabric.world_size)
+    bounded, (rank, world) = _bounded(dataset, config, encoder, say), (fabric.global_rank, fabric.world_size)
     loader = Loader(dataset, config, VIEWS, fabric.device, rank=rank, world=world, bounded=bounded)
     if loader.batch < objective.least:
         raise UserError(f"--train.batch {loader.batch}: {config.objective.name} takes {objective.least} or more")
@@ -102,13 +108,15 @@ def built_encoder(config: settings.Config) -> backbones.Encoder:
     return fused(encoder, config.topology) if config.topology.on and config.topology.fuse else encoder
 
 
-def _bounded(dataset: Dataset, config: settings.Config, encoder: backbones.Encoder) -> BoundedPair | None:
+def _bounded(
+    dataset: Dataset, config: settings.Config, encoder: backbones.Encoder, say: Callable[[str, str], None] | None
+) -> BoundedPair | None:
     """Where views come from if topology is on."""
     if not config.topology.on:
         return None
     side = side_of(config.topology, config.intensity.size)
     tokens = (SIZES[encoder.size].k0, SIZES[encoder.size].k1) if isinstance(encoder, Fused) else None
-    return BoundedPair(dataset, config, strengths_of(dataset, config, side), side, tokens)
+    return BoundedPair(dataset, config, strengths_of(dataset, config, side, say), side, tokens)
 
 
 def check(train: settings.Train) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,17 @@ class BoundedPair:
             views.append(View(_normalised(seen, self.config.intensity), diagrams).to(device))
         return tuple(views)
 
+    def __str__(self) -> str:
+        """`diagrams of 64 x 64 pixels, 24 + 48 points; weak views by 8 operations, strong by 5`."""
+        points = (
+            "no diagrams"
+            if self.tokens is None
+            else f"diagrams of {self.side} px, {self.tokens[0]} + {self.tokens[1]} points"
+        )
+        ways = ", ".join(f"{band} views by {len(found)} operations" for band, found in self.strengths.ranges.items())
+        few = f"; {self.strengths.skipped} images had next to no topology" if self.strengths.skipped else ""
+        return f"{points}; {ways}{few}"
+
     def _facts(self, rows: np.ndarray, x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         new = np.flatnonzero(np.isnan(self._known[rows, 0]))
         if len(new):
@@ -104,8 +116,13 @@ class BoundedPair:
         return Diagrams(torch.from_numpy(np.stack(points)), torch.from_numpy(np.stack(mask)))
 
 
-def strengths_of(dataset: Dataset, config: settings.Config, side: int) -> Strengths:
+def strengths_of(
+    dataset: Dataset, config: settings.Config, side: int, say: Callable[[str, str], None] | None = None
+) -> Strengths:
     """The calibrated strengths for this data set and these settings; kept beside the store, measured once.
+
+    Args:
+        say: told where they are measured, which takes a minute or two.
 
     Raises:
         UserError: too few operations are usable.
@@ -118,6 +135,8 @@ def strengths_of(dataset: Dataset, config: settings.Config, side: int) -> Streng
         found = _read(file)
     else:
         x = bounded.shrunk(pictures(dataset, rows, config.intensity), side)
+        if say is not None:
+            say("topology", f"measuring how far {len(bounded.OPERATIONS)} operations move {len(rows)} diagrams, once")
         found = calibrate(x, dataset.row_id[rows], config.train.seed)
         file.write_text(written(found), encoding="utf-8")
     require_enough(found)

@@ -80,14 +80,12 @@ def calibrate(
     images: Float32[Tensor, "n C S S"],
     row_id: UInt64[np.ndarray, " n"],
     seed: int = 0,
-    say: Callable[[str], None] | None = None,
 ) -> Strengths:
     """The ranges for these images.
 
     Args:
         images: in [0, 1], training images alone, at the size and by the pipeline of the training.
         row_id: of each, so that the draws are those rows' own.
-        say: told of each operation as it is done.
 
     Raises:
         UserError: no image has topology to speak of.
@@ -106,8 +104,6 @@ def calibrate(
             if found is not None:
                 ranges[band][name] = found
         distances[name] = dict(sorted(measured.items()))
-        if say is not None:
-            say(name)
     return Strengths(ranges, int((~keep).sum()), distances)
 
 
