@@ -34,6 +34,7 @@ def main() -> int:
     parser.add_argument("--weights", type=Path, default=Path())
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--reference", default="", help="compare with this method, not with the study's own")
     parser.add_argument("--metrics", default="", help="further ones to print, with commas; the primary one is always")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -43,6 +44,8 @@ def main() -> int:
         options.manifest = held_out(options.manifest, held[1].split(), options.out)
     for name in ("manifest", "taxonomy", "weights"):
         text = text.replace(f'"{name.upper()}"', f'"{getattr(options, name).absolute()}"')
+    if options.reference:
+        text = re.sub(r'^reference = ".*"$', f'reference = "{options.reference}"', text, flags=re.MULTILINE)
     study = options.out / "study.toml"
     study.write_text(text, encoding="utf-8")
     compare(study, options.out, workers=options.workers, say=lambda text: print(text, file=sys.stderr, flush=True))
