@@ -5,18 +5,19 @@ import doctest
 
 import pytest
 import torch
-from torch import nn
 
-from kladi.models import topology
+import tiny
+from kladi.models import backbones, topology
+from kladi.models.fused import Fused
 from kladi.models.topology import (
     EXPERTS,
     SIZES,
-    Fused,
     MaskedAttention,
     MixtureOfExperts,
     Sizes,
     TopologyEncoder,
     balance,
+    three_layers,
 )
 
 TINY = Sizes(width=8, point=(6, 8, 8), hidden=10, k0=4, k1=6)
@@ -44,8 +45,8 @@ def test_parameters_are_those_of_the_sheet():
     counts = {name: sum(p.numel() for p in TopologyEncoder(sizes).parameters()) for name, sizes in SIZES.items()}
     assert counts == {"paper": 4_081_984, "small": 454_496}
     for features, count in ((2048, 2_833_669), (512, 2_047_237)):
-        fused = Fused(nn.Identity(), TopologyEncoder(TINY), features)
-        assert sum(p.numel() for p in (*fused.visual.parameters(), *fused.mixture.parameters())) == count
+        parts = three_layers(features, 512, 256), MixtureOfExperts(256, 512)
+        assert sum(p.numel() for part in parts for p in part.parameters()) == count
 
 
 def test_what_the_mask_hides_has_no_effect_and_no_gradient():
@@ -164,20 +165,26 @@ def test_balance_counts_what_lies_outside():
     assert doctest.testmod(topology).failed == 0
 
 
-def test_zero_diagrams_make_topology_a_constant():
+def fresh():
+    """An image encoder of timm's, a diagram encoder, and both fused."""
+    config = tiny.settings()
     torch.manual_seed(0)
-    fused = Fused(nn.Flatten(), TopologyEncoder(TINY, out=6, heads=2), 9, embed=6, out=7)
-    image, empty = torch.randn(4, 1, 3, 3), torch.zeros(4, 10, dtype=torch.bool)
+    image, points = backbones.build(config.encoder, config.intensity), TopologyEncoder(TINY, out=6, heads=2)
+    before = {**image.state_dict(), **points.state_dict(prefix="topology.")}
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    return Fused(image, points, "small", 16, embed=6, out=7).eval(), before
+
+
+def test_zero_diagrams_make_topology_a_constant():
+    fused, _ = fresh()
+    image, empty = torch.randn(4, 1, 16, 16), torch.zeros(4, 10, dtype=torch.bool)
     t = fused.topology(torch.rand(4, 10, 2), empty)
     assert torch.equal(t, t[:1].expand_as(t))
     assert fused(image, torch.rand(4, 10, 2), empty).shape == (4, 7)
 
 
 def test_nothing_that_was_there_is_initialised_again():
-    torch.manual_seed(0)
-    image, points = nn.Linear(9, 9), TopologyEncoder(TINY, out=6, heads=2)
-    before = {**image.state_dict(prefix="encoder."), **points.state_dict(prefix="topology.")}
-    before = {name: tensor.clone() for name, tensor in before.items()}
-    fused = Fused(image, points, 9, embed=6, out=7)
+    fused, before = fresh()
     state = fused.state_dict()
+    assert before
     assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
