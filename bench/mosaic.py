@@ -52,8 +52,7 @@ def main() -> int:
     page.write(options.out)
     content = results.read(options.out)
     for metric in dict.fromkeys([content["study"]["primary_metric"], *filter(None, options.metrics.split(","))]):
-        print(f"## {metric}\n\n{tables(content, metric)}")
-    print(differences(content))
+        print(f"## {metric}\n\n{tables(content, metric)}\n{differences(content, metric)}\n")
     return 0
 
 
@@ -87,15 +86,15 @@ def tables(content: Mapping[str, Any], metric: str) -> str:
     return "\n".join(lines)
 
 
-def differences(content: Mapping[str, Any]) -> str:
-    """Every method against the reference on the primary metric."""
+def differences(content: Mapping[str, Any], metric: str) -> str:
+    """Every method against the reference."""
     study = content["study"]
     lines = [
         "| against the reference | task, regime | difference | 95 % by patient | p after Holm | verdict |",
         "|---" * 6 + "|",
     ]
     for c in content["comparisons"]:
-        if c["metric"] == study["primary_metric"] and c["reference"] == study["reference"] and c["interval"]:
+        if c["metric"] == metric and c["reference"] == study["reference"] and c["interval"]:
             low, high = c["interval"]
             p = "" if c["holm_p"] is None else f"{c['holm_p']:.3f}"
             lines.append(

@@ -107,47 +107,39 @@ def _cell(interval: Mapping[str, Any] | None, difference: Mapping[str, Any] | No
 
 
 def _differences(results: Results) -> Figure | None:
-    """A point and its interval a method, task and regime; zero is the reference."""
+    """A point and its interval a method, named beside it, under each task and regime; zero is the reference."""
     primary, reference = _primary(results), results["study"].get("reference")
-    series: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for c in results.get("comparisons", []):
-        if (
-            c["metric"] == primary
-            and c["reference"] == reference
-            and c.get("interval")
-            and c.get("difference") is not None
-        ):
-            series[c["method"]].append(c)
-    traces = [
-        {
+    found = [
+        c
+        for c in results.get("comparisons", [])
+        if c["metric"] == primary and c["reference"] == reference and c.get("interval") and c["difference"] is not None
+    ]
+    groups = list(dict.fromkeys(f"{c['dataset']}, {c['regime']}" for c in found))
+    traces = []
+    for i, group in enumerate(groups):
+        own = [c for c in found if f"{c['dataset']}, {c['regime']}" == group]
+        trace = {
             "type": "scatter",
             "mode": "markers",
-            "orientation": "h",  # methods of one row stand below each other
-            "name": plain(method),
-            "x": [c["difference"] for c in found],
-            "y": [plain(f"{c['dataset']}, {c['regime']}") for c in found],
+            "name": plain(group),
+            "x": [c["difference"] for c in own],
+            "y": [[plain(group)] * len(own), [plain(c["method"]) for c in own]],
             "error_x": {
                 "type": "data",
                 "symmetric": False,
-                "array": [c["interval"][1] - c["difference"] for c in found],
-                "arrayminus": [c["difference"] - c["interval"][0] for c in found],
+                "array": [c["interval"][1] - c["difference"] for c in own],
+                "arrayminus": [c["difference"] - c["interval"][0] for c in own],
                 "thickness": 1.2,
             },
             "marker": {"color": COLOURS[i % len(COLOURS)], "size": 8},
         }
-        for i, (method, found) in enumerate(series.items())
-    ]
-    rows = len({y for trace in traces for y in trace["y"]})
-    figure = figure_of(
-        traces,
-        f"difference to {plain(str(reference))}, {tables.words(primary)}",
-        "",
-        height=max(320, 26 * rows * max(1, len(traces)) // 2 + 160),
-        scattermode="group",
-    )
+        traces.append(trace)
+    what = f"difference to {plain(str(reference))}, {tables.words(primary)}"
+    figure = figure_of(traces, what, "", height=max(320, 20 * len(found) + 160))
     if figure is not None:
+        figure["layout"]["showlegend"] = False
         figure["layout"]["xaxis"] |= {"rangemode": "normal", "zeroline": True, "zerolinecolor": "#1f2933"}
-        figure["layout"]["yaxis"] |= {"automargin": True, "type": "category", "autorange": "reversed"}
+        figure["layout"]["yaxis"] |= {"automargin": True, "type": "multicategory", "range": [len(found) - 0.5, -0.5]}
     return figure
 
 
