@@ -49,6 +49,7 @@ bench: $(VENV)/.bench      ## side by side with peers
 	$(BIN)/python bench/finetune.py
 	$(BIN)/python bench/tree_cross_entropy.py
 	$(BIN)/python bench/step.py
+	$(BIN)/python bench/topology.py
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict

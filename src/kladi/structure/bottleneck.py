@@ -36,11 +36,10 @@ def within(a: Points, b: Points, radius: float) -> bool:
 
 def bottleneck(a: Points, b: Points, tolerance: float) -> float:
     """The bottleneck distance d, as a number in [d, d + tolerance]."""
-    if np.array_equal(a, b):
-        return 0.0
-    low, high = 0.0, max((float(persistence(points).max()) / 2 for points in (a, b) if len(points)), default=0.0)
-    if within(a, b, low):
+    low = least(a, b)
+    if within(a, b, low):  # which is so for most pairs of real images
         return low
+    high = max(float(persistence(points).max()) / 2 for points in (a, b) if len(points))
     while high - low > tolerance:
         middle = (low + high) / 2
         if middle in (low, high):  # neighbours among floating-point numbers
@@ -50,6 +49,19 @@ def bottleneck(a: Points, b: Points, tolerance: float) -> float:
         else:
             low = middle
     return high
+
+
+def least(a: Points, b: Points) -> float:
+    """What the distance is not below: each point moves to its nearest neighbour, or to the diagonal if that is nearer."""
+    return max(_farthest(a, b), _farthest(b, a))
+
+
+def _farthest(a: Points, b: Points) -> float:
+    if not len(a):
+        return 0.0
+    half = persistence(a) / 2
+    nearest = KDTree(b).query(a, p=np.inf)[0] if len(b) else half
+    return float(np.minimum(nearest, half).max())
 
 
 def _covered(a: Points, b: Points, radius: float) -> bool:

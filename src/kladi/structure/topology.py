@@ -108,8 +108,8 @@ def relative_bottleneck(d: Diagram, other: Diagram, *, exact: bool = False) -> f
     span = d.span
     if span == 0:
         return 0.0 if other.span == 0 else math.inf
-    least, tolerance = (0.0, 1e-9) if exact else (DROPPED * span, TOLERANCE * span)
-    pairs = [(_above(a, least), _above(b, least)) for a, b in ((d.h0, other.h0), (d.h1, other.h1))]
+    faint, tolerance = (0.0, 1e-9) if exact else (DROPPED * span, TOLERANCE * span)
+    pairs = [(_above(a, faint), _above(b, faint)) for a, b in ((d.h0, other.h0), (d.h1, other.h1))]
     return max(bottleneck(a, b, tolerance) for a, b in pairs) / span
 
 
@@ -145,6 +145,6 @@ def _ordered(points: Points) -> Points:
     return found[np.lexsort((found[:, 1], found[:, 0], -persistence(found)))]
 
 
-def _above(points: Points, least: float) -> Points:
-    """The points whose persistence exceeds `least`; they come first."""
-    return points[: int(np.count_nonzero(persistence(points) > least))]
+def _above(points: Points, faint: float) -> Points:
+    """The points whose persistence exceeds `faint`; they come first."""
+    return points[: int(np.count_nonzero(persistence(points) > faint))]
