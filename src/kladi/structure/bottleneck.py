@@ -52,7 +52,7 @@ def bottleneck(a: Points, b: Points, tolerance: float) -> float:
 
 
 def least(a: Points, b: Points) -> float:
-    """What the distance is not below: each point moves to its nearest neighbour, or to the diagonal if that is nearer."""
+    """A lower bound: each point moves to its nearest neighbour, or to the diagonal if that is nearer."""
     return max(_farthest(a, b), _farthest(b, a))
 
 
