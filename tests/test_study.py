@@ -630,6 +630,44 @@ def test_methods_that_differ_in_their_loss_begin_at_one_place(ward, tmp_path, mo
     assert values[0] == values[1]
 
 
+LONGER = '[methods.longer]\nafter = "simclr"\nobjective.name = "metadata"\n[methods.scratch]'
+
+
+@pytest.mark.slow
+def test_a_method_can_begin_where_another_ended(ward, tmp_path):
+    """Of the same seed; in two processes the other one is trained first, and what it has read counts as read."""
+    file = changed(
+        ward, ("[methods.scratch]", LONGER), ('"shuffled_labels"', '"shuffled_metadata"'), name="longer.toml"
+    )
+    compare(file, tmp_path / "L", workers=2)
+    context = cells.context(file, tmp_path / "L")
+    arm, first = context.arm("longer"), context.arm("simclr")
+    assert context.before(arm, 1) == context.run_of(first, 1)
+    assert context.before(context.arm("longer, shuffled_metadata"), 1) == context.run_of(first, 1)
+    assert context.before(first, 0) is None
+    alone = dataclasses.replace(arm, after=None)
+    assert arm.digest(0, "d") != alone.digest(0, "d")
+    assert arms.images_seen(arm, context.dataset) == 2 * arms.images_seen(first, context.dataset)
+    longer = settings.override(arm.seeded(1), {"init.weights": str(context.run_of(first, 1))})
+    fit(context.dataset, longer, tmp_path / "by hand", progress=console.Silent())
+    kept = (context.run_of(arm, 1) / "model.safetensors").read_bytes()
+    assert kept == (tmp_path / "by hand" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('after = "simclr"', 'after = "simcrl"', 'after = "simcrl" is no method above it; closest: "simclr"'),
+        ('after = "simclr"', 'after = "longer"', 'after = "longer" is no method above it'),
+        ('"metadata"\n', '"none"\n', 'after = "simclr" goes with an objective, and without init.weights'),
+    ],
+)
+def test_a_mistake_in_after_is_named(ward, old, new, said):
+    assert old in LONGER
+    with pytest.raises(UserError, match=said):
+        design.read(changed(ward, ("[methods.scratch]", LONGER.replace(old, new))))
+
+
 def test_embeddings_from_a_file_are_a_method(ward, tmp_path):
     data = load(ward / "manifest.csv", settings.override(design.read(ward / "study.toml").config, {}))[0]
     rng = np.random.default_rng(0)

@@ -57,6 +57,7 @@ class Arm:
     control_of: the method whose control it is, "" for none.
     classify: by what loss its classifiers are trained.
     embeddings: the file of an embedded arm.
+    after: the arm whose encoder of the same seed its pretraining begins with.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Arm:
     control_of: str = ""
     classify: Criterion = field(default_factory=Criterion)
     embeddings: str = ""
+    after: Arm | None = None
 
     @property
     def drawn(self) -> bool:
@@ -74,8 +76,9 @@ class Arm:
 
     @property
     def reads_labels(self) -> bool:
-        """Whether its pretraining reads labels; a user's own loss is taken to."""
-        return self.kind == "pretrained" and self.config.objective.name not in WITHOUT_LABELS
+        """Whether its pretraining reads labels, or that before it; a user's own loss is taken to."""
+        before = self.after is not None and self.after.reads_labels
+        return before or (self.kind == "pretrained" and self.config.objective.name not in WITHOUT_LABELS)
 
     def seeded(self, seed: int) -> settings.Config:
         return settings.override(self.config, {"train.seed": seed})
@@ -86,6 +89,7 @@ class Arm:
         plugin = config.objective.name.rpartition(":")[0]
         files = [content_digest(Path(file)) for file in (config.init.weights, plugin, self.embeddings) if file]
         said = [__version__, self.kind, self.shuffled, run_folder.config_digest(config), data_digest, *files]
+        said += [self.after.digest(seed, data_digest)] if self.after else []
         return hashlib.sha256("\n".join([*said, str(config.train.max_steps)]).encode()).hexdigest()
 
 
@@ -113,7 +117,10 @@ def arms(study: Study) -> tuple[Arm, ...]:
     for method in study.methods:
         config = settings.override(study.config, method.settings)
         kind = "embedded" if method.embeddings else _kind(config)
-        arm = Arm(method.name, config, kind, classify=method.classify, embeddings=method.embeddings)
+        before = next((arm for arm in found if arm.name == method.after), None)
+        if method.after and (before is None or before.kind != "pretrained"):
+            raise UserError(f'methods.{method.name}: after = "{method.after}" is not pretrained here')
+        arm = Arm(method.name, config, kind, "", "", method.classify, method.embeddings, before)
         found.append(arm)
         for control in study.controls:
             under = _under(arm, control, study)
@@ -173,8 +180,9 @@ def require_judges(found: Sequence[Arm], tasks: Mapping[str, Task]) -> None:
                 raise UserError(f"methods.{arm.name}.classify on task {name}: {error}") from error
 
 
-def prepare(arm: Arm, seed: int, dataset: Dataset, folder: Path, device: str) -> Embeddings:
-    """The arm's embeddings of all rows: pretrained, embedded and kept in `folder`, or read from there."""
+def prepare(arm: Arm, seed: int, dataset: Dataset, folder: Path, device: str, before: Path | None = None) -> Embeddings:
+    """The arm's embeddings of all rows: pretrained, embedded and kept in `folder`, or read from there; `before` is the
+    finished run that its pretraining begins with."""
     file = folder / "embeddings.npz"
     if file.is_file():
         with _mendable(folder):
@@ -184,7 +192,7 @@ def prepare(arm: Arm, seed: int, dataset: Dataset, folder: Path, device: str) ->
     elif arm.kind == "histogram":
         embedded = describe(dataset, baselines.grey_features(dataset, arm.config.intensity))
     else:
-        encoder = encoder_of(arm, seed, dataset, folder)
+        encoder = encoder_of(arm, seed, dataset, folder, before)
         head = heads.load(folder) if arm.kind == "pretrained" else None
         embedded = embed(encoder, dataset, head=head, intensity=arm.config.intensity, device=device)
     embedded.write(file)
@@ -214,13 +222,15 @@ def _mendable(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder}: {error}; delete that folder, and the same command makes it again") from None
 
 
-def encoder_of(arm: Arm, seed: int, dataset: Dataset, folder: Path) -> backbones.Encoder:
+def encoder_of(arm: Arm, seed: int, dataset: Dataset, folder: Path, before: Path | None = None) -> backbones.Encoder:
     """The encoder with which fine-tuning starts; pretraining happens here, and goes on where it was stopped."""
     if arm.kind == "pretrained":
         with _mendable(folder):
             if not (folder / "model.safetensors").is_file():
-                seen = shuffled(arm, seed, dataset)
-                fit(seen, arm.seeded(seed), folder, resume=folder.is_dir(), progress=console.Silent())
+                seen, config = shuffled(arm, seed, dataset), arm.seeded(seed)
+                if before is not None:
+                    config = settings.override(config, {"init.weights": str(before)})
+                fit(seen, config, folder, resume=folder.is_dir(), progress=console.Silent())
             return fused.load(folder)
     encoder = _fresh(arm.config, seed)
     if arm.kind == "given":
@@ -278,12 +288,13 @@ def in_true_names(own: OwnAnswers | None, arm: Arm, seed: int, dataset: Dataset)
 
 
 def images_seen(arm: Arm, dataset: Dataset) -> int:
-    """Images that pretraining looks at, each view of one counted once."""
+    """Images that pretraining looks at, and that before it; each view of one counted once."""
     if arm.kind != "pretrained":
         return 0
     batch = min(arm.config.train.batch, int((dataset.split == TRAIN).sum()))
     steps = max(1, int((dataset.split == TRAIN).sum()) // arm.config.train.batch) * arm.config.train.epochs
-    return batch * min(steps, arm.config.train.max_steps or steps)
+    own = batch * min(steps, arm.config.train.max_steps or steps)
+    return own + (images_seen(arm.after, dataset) if arm.after else 0)
 
 
 def device_of(config: settings.Config) -> str:
@@ -305,11 +316,12 @@ def _under(arm: Arm, control: str, study: Study) -> list[Arm]:
     chosen = not study.controls_of or arm.name in study.controls_of
     if chosen and control in {"shuffled_metadata", "shuffled_metadata_within_site"} and objective == "metadata":
         dealt_out = control.removeprefix("shuffled_")
-        return [Arm(f"{arm.name}, {control}", arm.config, "pretrained", dealt_out, arm.name, arm.classify)]
+        return [dataclasses.replace(arm, name=f"{arm.name}, {control}", shuffled=dealt_out, control_of=arm.name)]
     if chosen and control == "shuffled_tree" and (arm.classify.reads_tree or objective in TREES):
         dealt = dataclasses.replace(arm.classify, shuffled=arm.classify.reads_tree)
         pretraining = "tree" if objective in TREES else ""
-        return [Arm(f"{arm.name}, {control}", arm.config, arm.kind, pretraining, arm.name, dealt, arm.embeddings)]
+        named = f"{arm.name}, {control}"
+        return [dataclasses.replace(arm, name=named, shuffled=pretraining, control_of=arm.name, classify=dealt)]
     if chosen and control == "matched_temperature" and objective == "label_tree":
         usual = number_of(arm, "temperature", 0.1)
         bare = dataclasses.replace(arm.config, objective=settings.Objective("supcon"))
@@ -320,6 +332,7 @@ def _under(arm: Arm, control: str, study: Study) -> list[Arm]:
                 "pretrained",
                 control_of=arm.name,
                 classify=arm.classify,
+                after=arm.after,
             )
             for factor in TEMPERATURES
         ]

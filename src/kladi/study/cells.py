@@ -32,6 +32,7 @@ from kladi.evaluate.readouts.published import COMPAT, Published, Regime, publish
 from kladi.evaluate.readouts.regimes import Part, cannot
 from kladi.learn import run_folder
 from kladi.losses import geometry as spaces
+from kladi.models.backbones import Encoder
 from kladi.study import arms as every
 from kladi.study import design, record
 from kladi.study.arms import Arm
@@ -87,6 +88,10 @@ class Context:
     def run_of(self, arm: Arm, seed: int) -> Path:
         """Where the arm's encoder and embeddings of that seed are."""
         return self.folder / "runs" / f"{arm.name}-{seed}-{arm.digest(seed, self.data_digest)[:10]}"
+
+    def before(self, arm: Arm, seed: int) -> Path | None:
+        """The run that the arm's pretraining begins with."""
+        return self.run_of(arm.after, seed) if arm.after else None
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
@@ -244,7 +249,12 @@ def done(cell: Cell, context: Context) -> Measured | None:
 
 def prepared(arm: Arm, seed: int, context: Context) -> Embeddings:
     """The arm's embeddings, pretrained and embedded where that was not done before."""
-    return every.prepare(arm, seed, context.dataset, context.run_of(arm, seed), context.device)
+    folder, before = context.run_of(arm, seed), context.before(arm, seed)
+    return every.prepare(arm, seed, context.dataset, folder, context.device, before)
+
+
+def _encoder(arm: Arm, seed: int, context: Context) -> Encoder:
+    return every.encoder_of(arm, seed, context.dataset, context.run_of(arm, seed), context.before(arm, seed))
 
 
 def run(cell: Cell, context: Context) -> None:
@@ -321,7 +331,7 @@ def _trained(cell: Cell, context: Context) -> Measured:
     if study.compat:
         regime: Regime = "probe" if cell.regime == "probe" else "finetune"
         how, recipe = study.config.intensity, _published(study, arm)
-        encoder = every.encoder_of(arm, cell.seed, data, context.run_of(arm, cell.seed))
+        encoder = _encoder(arm, cell.seed, context)
         answers = published(encoder, data, task, part, how, regime, recipe, method=name, seed=seed, device=device)
     else:
         start, config, how = _begun(cell, part, context), study.config, arm.classify
@@ -346,7 +356,7 @@ def _begun(cell: Cell, part: Part, context: Context) -> Start | None:
     key = (arm.digest(cell.seed, context.data_digest), asked.digest, cell.fold, cell.repeat)
     if key not in _BEGUN:
         _BEGUN.clear()
-        encoder = every.encoder_of(arm, cell.seed, context.dataset, context.run_of(arm, cell.seed))
+        encoder = _encoder(arm, cell.seed, context)
         intensity, device = context.study.config.intensity, context.device
         _BEGUN[key] = begin(encoder, context.dataset, asked.task, part, intensity, device)
     return _BEGUN[key]

@@ -87,7 +87,8 @@ def _measured(path: Path, out: Path, workers: int, started: datetime, say: Say) 
     say(f"study      {lines} methods and controls on {tasks} tasks; reference {context.study.reference}")
     say(f"encoders   {len(encoders)}, of which {len(encoders) - len(missing)} are there")
     fan = _Fan(context, path, workers, say)
-    fan.out(_prepare, [(arm.name, seed) for arm, seed in missing], "encoder    {} seed {}")
+    for wave in range(1 + max((_wave(arm) for arm, _ in missing), default=0)):
+        fan.out(_prepare, [(arm.name, seed) for arm, seed in missing if _wave(arm) == wave], "encoder    {} seed {}")
     every_cell = cells.cells(context)
     todo = [cell for cell in every_cell if cells.done(cell, context) is None]
     say(f"cells      {len(every_cell):,}, of which {len(every_cell) - len(todo):,} are there")
@@ -106,6 +107,11 @@ def _encoders(context: Context) -> list[tuple[Arm, int]]:
     """The longest first, so that no process is left alone with it at the end."""
     pairs = [(a, seed) for a in context.arms if a.kind != "shuffled_labels" for seed in context.seeds(a)]
     return sorted(pairs, key=lambda pair: pair[0].kind != "pretrained")
+
+
+def _wave(arm: Arm) -> int:
+    """How many pretrainings come before this arm's own."""
+    return 0 if arm.after is None else 1 + _wave(arm.after)
 
 
 def _is_prepared(context: Context, arm: Arm, seed: int) -> bool:

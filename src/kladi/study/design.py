@@ -24,6 +24,9 @@ objective.name = "none"                # not pretrained: random weights, or thos
 [methods.tree]                         # by what loss probe and fine-tuning train; of a list, validation rows choose
 objective.name = "none"
 classify = { loss = "hace", retain = [0.2, 0.5, 0.7] }
+[methods.longer]                       # begins with the encoder that another method, named above it, has trained
+after = "simclr"
+objective.name = "metadata"
 [methods.theirs]                       # or embeddings of all these images, as `kladi embed` writes them
 embeddings = "theirs/embeddings.npz"
 
@@ -104,12 +107,14 @@ RECIPE_RANGES: dict[str, tuple[float, float]] = {
 @dataclass(frozen=True)
 class Method:
     """An initialisation as the study names it: settings of its pretraining, on top of the study's own, and by what loss
-    its classifiers are trained. embeddings: a file of `kladi embed` in the place of an encoder, "" for none."""
+    its classifiers are trained. embeddings: a file of `kladi embed` in the place of an encoder, "" for none. after: the
+    method whose encoder of the same seed its pretraining begins with, "" for none."""
 
     name: str
     settings: Mapping[str, Any]
     classify: Criterion = field(default_factory=Criterion)
     embeddings: str = ""
+    after: str = ""
 
 
 @dataclass(frozen=True)
@@ -250,6 +255,12 @@ def _require_sense(study: Study) -> None:
     for name in study.controls_of:
         if name not in names:
             raise UserError(f'controls_of = "{name}" is no method' + suggestion(name, names))
+    for number, one in enumerate(study.methods):
+        if one.after and one.after not in names[:number]:
+            raise UserError(
+                f'methods.{one.name}: after = "{one.after}" is no method above it'
+                + suggestion(one.after, names[:number])
+            )
     for name in study.config.data.metadata:
         if means(name, "label"):
             raise UserError(f'data.metadata names "{name}", the label: its methods would be counted as reading none')
@@ -287,6 +298,8 @@ def _method(name: str, table: Mapping[str, Any], folder: Path, config: settings.
             raise UserError(f'methods.{name}.classify is a table: {{ loss = "hace", retain = [0.5, 0.7] }}')
         classify = criteria.read(table["classify"], f"methods.{name}.classify")
         del table["classify"]
+    after = _text(table, "after")
+    table.pop("after", None)
     embeddings = _text(table, "embeddings")
     if "embeddings" in table:
         if set(table) != {"embeddings"}:
@@ -313,7 +326,9 @@ def _method(name: str, table: Mapping[str, Any], folder: Path, config: settings.
             f'methods.{name}: objective.name = "{objective}" is not one of {", ".join(options)}, nor my_file.py:MyLoss'
             + suggestion(objective, options)
         )
-    return Method(name, given, classify)
+    if after and (method.objective.name == NOT_PRETRAINED or "init.weights" in given):
+        raise UserError(f'methods.{name}: after = "{after}" goes with an objective, and without init.weights')
+    return Method(name, given, classify, after=after)
 
 
 def _question(name: str, table: Mapping[str, Any]) -> Question:
