@@ -50,7 +50,7 @@ def test_no_pixel_moves_farther_than_the_amount(name, channels):
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "noise"])
 def test_the_diagram_moves_by_no_more_than_the_strength(name):
     x = pictures()
-    original = Original.of(x, draws(6).row_id)
+    original = Original.of(x, draws(6).row_id, 24)
     for strength in (0.05, 0.2):
         assert (moved(original, name, strength, 0) <= strength + 0.01).all()
 
@@ -58,10 +58,10 @@ def test_the_diagram_moves_by_no_more_than_the_strength(name):
 def test_brightness_moves_a_diagram_by_exactly_its_strength():
     """Unclipped: neither by white and black nor by the range of the original image."""
     x = pictures()
-    original = Original.of(x, draws(6).row_id)
-    wide = Original(x, original.row_id, original.low - 0.3, original.high + 0.3, ())
+    original = Original.of(x, draws(6).row_id, 24)
+    wide = Original(x, original.row_id, original.low - 0.3, original.high + 0.3, (), 24)
     d = tuple(diagram(v) for v in grey(x, wide.low, wide.high))
-    wide = Original(x, original.row_id, wide.low, wide.high, d)
+    wide = Original(x, original.row_id, wide.low, wide.high, d, 24)
     y = changed(x.clone(), "brightness", 0.08 * wide.unit, draws(6))
     after = [diagram(v) for v in grey(y, wide.low, wide.high)]
     found = [relative_bottleneck(a, b, exact=True) for a, b in zip(d, after, strict=True)]
@@ -119,7 +119,7 @@ def test_grey_is_normalised_by_the_original_and_clipped():
 def test_ranges_are_where_the_distances_lie(monkeypatch):
     """Distances made up: 2.5 times the strength, so that one strength of the grid is strong."""
     monkeypatch.setattr(calibration, "moved", lambda original, name, u, seed: np.full(10, 2.5 * u))
-    found = calibrate(pictures(), draws(6).row_id)
+    found = calibrate(pictures(), draws(6).row_id, 24)
     assert found.skipped == 0
     for name in OPERATIONS:
         weak, strong = found.ranges["weak"][name], found.ranges["strong"][name]
@@ -136,7 +136,7 @@ def test_an_operation_that_never_mostly_hits_is_left_out(monkeypatch):
         return np.array([0.1, 0.9]) if name == "blur" else np.full(2, u)
 
     monkeypatch.setattr(calibration, "moved", half)
-    found = calibrate(pictures(), draws(6).row_id)
+    found = calibrate(pictures(), draws(6).row_id, 24)
     assert "blur" not in found.ranges["weak"]
     assert "noise" in found.ranges["weak"]
     require_enough(found)
@@ -144,8 +144,8 @@ def test_an_operation_that_never_mostly_hits_is_left_out(monkeypatch):
 
 def test_a_second_sample_finds_the_same_shares(monkeypatch):
     monkeypatch.setattr(calibration, "OPERATIONS", {name: OPERATIONS[name] for name in ("brightness", "gamma")})
-    first = calibrate(pictures(10, 16, seed=1), draws(10, 1).row_id)
-    second = Original.of(pictures(10, 16, seed=2), draws(10, 2).row_id)
+    first = calibrate(pictures(10, 16, seed=1), draws(10, 1).row_id, 16)
+    second = Original.of(pictures(10, 16, seed=2), draws(10, 2).row_id, 16)
     for band, operations in first.ranges.items():
         assert set(operations) == {"brightness", "gamma"}
         for name, chosen in operations.items():
@@ -158,9 +158,9 @@ def test_blank_images_are_counted_and_a_set_of_them_refused():
     small = {"noise": OPERATIONS["noise"]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibration, "OPERATIONS", small)
-        assert calibrate(x, draws(5).row_id).skipped == 2
+        assert calibrate(x, draws(5).row_id, 24).skipped == 2
     with pytest.raises(UserError, match="none of 2 images has a component or a hole"):
-        calibrate(x[3:], draws(2).row_id)
+        calibrate(x[3:], draws(2).row_id, 24)
 
 
 def test_one_operation_is_not_enough():
@@ -170,7 +170,16 @@ def test_one_operation_is_not_enough():
 
 
 def test_random_operations_are_measured_in_several_draws():
-    original = Original.of(pictures(4), draws(4).row_id)
+    original = Original.of(pictures(4), draws(4).row_id, 24)
     assert len(moved(original, "noise", 0.1, 0)) == 4 * calibration.DRAWS
     assert len(moved(original, "blur", 0.1, 0)) == 4
     assert set(OPERATIONS) > bounded.RANDOM
+
+
+def test_strengths_are_measured_as_they_are_used():
+    """At the size of the image, then reduced: means over areas halve what noise does to a diagram."""
+    x, row_id = pictures(4, 24), draws(4).row_id
+    small = Original.of(bounded.shrunk(x, 12), row_id, 12)
+    large = Original.of(x, row_id, 12)
+    np.testing.assert_array_equal(large.low, small.low)
+    assert np.median(moved(large, "noise", 0.1, 0)) < 0.8 * np.median(moved(small, "noise", 0.1, 0))

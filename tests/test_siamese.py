@@ -197,11 +197,6 @@ def test_mistakes_are_named(name, args, said):
         built(name, **args)
 
 
-def test_one_image_a_step_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"--train.batch 1: byol takes 2 or more"):
-        fit(tiny.data(), tiny.settings(objective__name="byol", train__batch=1), tmp_path / "run", progress=Silent())
-
-
 def test_a_projector_of_another_kladi_is_refused(tmp_path):
     fit(tiny.data(), tiny.settings(objective__name="byol", train__epochs=1), tmp_path, progress=Silent())
     config = json.loads((tmp_path / "config.json").read_text())

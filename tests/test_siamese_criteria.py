@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import math
 
+import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -162,6 +163,7 @@ def test_extremes_are_finite(make):
         (lambda: MoCoV3Loss(0.0), "temperature must be a positive number, not 0.0"),
         (lambda: DINOLoss(4, teacher=-1.0), "temperature must be a positive number, not -1.0"),
         (lambda: DINOLoss(4, momentum=2.0), "momentum must lie between 0 and 1, not 2.0"),
+        (lambda: DINOLoss(0), "dim must be 1 or more, not 0"),
         (lambda: BarlowTwinsLoss(-0.1), "weight must be 0 or more, not -0.1"),
     ],
 )
@@ -176,6 +178,18 @@ def test_one_view_cannot_be_compared():
             make()(drawn(1), drawn(1))
     with pytest.raises(ValueError, match="two views"):
         BarlowTwinsLoss()(drawn(1))
+
+
+def test_other_shapes_are_named():
+    """As a user meets it, who runs no checks of types."""
+    p = drawn()
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        for make in (MoCoV3Loss, BYOLLoss, lambda: DINOLoss(5)):
+            with pytest.raises(ValueError, match=r"predictions \(2, 8, 5\) and targets \(2, 1, 5\) differ"):
+                make()(p, p[:, :1])
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_examples_and_words():

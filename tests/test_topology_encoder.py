@@ -1,14 +1,13 @@
 """Masks have exactly no effect, every weight has one, the fusion is its five formulas."""
 
 import copy
-import doctest
 
 import pytest
 import torch
 
 import tiny
-from kladi.models import backbones, topology
-from kladi.models.fused import Fused
+from kladi.models import backbones
+from kladi.models.fused import Fused, around
 from kladi.models.topology import (
     EXPERTS,
     SIZES,
@@ -16,7 +15,6 @@ from kladi.models.topology import (
     MixtureOfExperts,
     Sizes,
     TopologyEncoder,
-    balance,
     three_layers,
 )
 
@@ -156,15 +154,6 @@ def test_the_fusion_is_its_five_formulas():
     torch.testing.assert_close(h, sum(module.gate[:, i : i + 1] * said[name] for i, name in enumerate(EXPERTS)))
 
 
-def test_balance_counts_what_lies_outside():
-    assert balance(torch.full((3, 5), 0.2)).item() == 0
-    assert balance(torch.eye(5)[:1]).item() == pytest.approx(0.5 + 4 * 0.05)
-    gate = torch.full((3, 5), 0.2, requires_grad=True)
-    balance(gate).backward()
-    assert not gate.grad.any()
-    assert doctest.testmod(topology).failed == 0
-
-
 def fresh():
     """An image encoder of timm's, a diagram encoder, and both fused."""
     config = tiny.settings()
@@ -181,6 +170,18 @@ def test_zero_diagrams_make_topology_a_constant():
     t = fused.topology(torch.rand(4, 10, 2), empty)
     assert torch.equal(t, t[:1].expand_as(t))
     assert fused(image, torch.rand(4, 10, 2), empty).shape == (4, 7)
+
+
+def test_it_can_be_copied_after_use_in_double_precision_and_of_nothing():
+    fused, _ = fresh()
+    image = torch.rand(2, 1, 16, 16)
+    points, mask = torch.rand(2, 10, 2), torch.ones(2, 10, dtype=torch.bool)
+    fused(image, points, mask).sum().backward()
+    assert copy.deepcopy(fused)(image, points, mask).shape == (2, 7)
+    config = tiny.settings()
+    whole = around(backbones.build(config.encoder, config.intensity), "small", 16).double().eval()
+    assert whole(image.double()).dtype == torch.float64
+    assert whole(image[:0].double()).shape == (0, 512)
 
 
 def test_nothing_that_was_there_is_initialised_again():

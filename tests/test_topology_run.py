@@ -14,7 +14,10 @@ from kladi.data.views import bounded_pair
 from kladi.data.views.bounded import grey
 from kladi.data.views.bounded_pair import BoundedPair, pictures, strengths_of
 from kladi.data.views.calibration import Range, Strengths
+from kladi.errors import UserError
 from kladi.evaluate.embed import embed
+from kladi.evaluate.evaluation import random_encoder
+from kladi.learn import training
 from kladi.learn.console import Silent
 from kladi.learn.fit import fit
 from kladi.models import backbones, fused, heads
@@ -97,10 +100,26 @@ def test_strengths_are_measured_once_and_kept(tmp_path, monkeypatch):
     said = []
     first = strengths_of(data, config, 24, lambda *words: said.append(words))
     assert said == [("topology", "measuring how far 8 operations move 6 diagrams, once")]
+    (file,) = (tmp_path / "store").glob("strengths-*.json")
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert list((tmp_path / "store").iterdir()) == [file]
+    whole = file.read_text()
+    monkeypatch.setattr(bounded_pair, "calibrate", lambda *given: first)  # no third time
+    for damaged in ("", whole[:40], '{"ranges": {}, "skipped": 0}', whole.replace('"low": 0', '"low": "x"'), "[]"):
+        file.write_text(damaged)
+        assert bounded_pair._read(file) is None
+        assert strengths_of(data, config, 24) == first
+        assert file.read_text() == whole
     monkeypatch.setattr(bounded_pair, "calibrate", None)
     second = strengths_of(data, config, 24)
     assert first.ranges == second.ranges
     assert first.skipped == second.skipped
+    file.unlink()
+    file.mkdir()  # stands for a folder that cannot be written
+    monkeypatch.setattr(bounded_pair, "calibrate", lambda *given: first)
+    said.clear()
+    assert strengths_of(data, config, 24, lambda *words: said.append(words)) == first
+    assert "cannot be kept" in said[-1][1]
 
 
 @pytest.mark.parametrize("name", ["simclr", "byol", "dino", "moco_v3", "barlow_twins", "label_tree", "metadata"])
@@ -123,6 +142,61 @@ def test_a_run_with_topology_goes_on_to_the_same_bits(tmp_path):
     for file in ("model.safetensors", "head.safetensors"):
         whole, cut = load_file(tmp_path / "whole" / file), load_file(tmp_path / "cut" / file)
         assert all(torch.equal(cut[key], value) for key, value in whole.items())
+
+
+def test_a_run_with_topology_is_a_beginning_for_another(tmp_path):
+    """All of it for a fused encoder, the image's part for another; and what follows the encoder begins as its copy."""
+    data = tiny.data()
+    fit(data, tiny.settings(**ON, objective__name="byol"), tmp_path / "first", progress=Silent())
+    first = kladi.load(tmp_path / "first").state_dict()
+    for changes in (ON, {"encoder__args": {"drop_rate": 0.2}}):
+        config = tiny.settings(**changes, objective__name="byol", train__seed=5, init__weights=str(tmp_path / "first"))
+        torch.manual_seed(9)
+        t = training.assemble(data, config, training.device(config.train))
+        mine = t.encoder.state_dict()
+        assert all(torch.equal(tensor, first[name]) for name, tensor in mine.items())
+        target = t.objective.target["encoder"].state_dict()
+        assert all(torch.equal(target[name], tensor) for name, tensor in mine.items())
+        assert t.match.share == 1
+    other = tiny.settings(**{**ON, "topology__encoder": "paper"}, init__weights=str(tmp_path / "first"))
+    with pytest.raises(UserError, match='its diagram encoder is "small", not "paper"'):
+        training.assemble(data, other, training.device(other.train))
+
+
+@pytest.mark.parametrize("damaged", ["small", [], {"size": "small"}, {"size": "big", "side": 16, "features": 512}])
+def test_a_damaged_description_is_refused(tmp_path, damaged):
+    fit(tiny.data(), tiny.settings(**ON, objective__name="simclr", train__epochs=1), tmp_path, progress=Silent())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["kladi"]["topology"] = damaged
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for load in (fused.load, heads.load):
+        with pytest.raises(UserError, match="the run is damaged"):
+            load(tmp_path)
+
+
+def test_the_untrained_control_of_a_fused_run_is_fused():
+    config = tiny.settings(**ON)
+    mine = fused.fused(backbones.build(config.encoder, config.intensity), config.topology)
+    control = random_encoder(config.encoder, config.intensity, like=mine)
+    assert {n: t.shape for n, t in control.state_dict().items()} == {n: t.shape for n, t in mine.state_dict().items()}
+    assert type(random_encoder(config.encoder, config.intensity)) is backbones.Encoder
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"train__batch": 9, "train__chunk": 4},
+            "--train.chunk 4 leaves 1 of 9 images by itself; byol takes 2 or more",
+        ),
+        ({"train__chunk": 1}, "--train.chunk 1 leaves 1 of 8 images by itself"),
+        ({"train__batch": 1}, "--train.batch 1: byol takes 2 or more images a process"),
+    ],
+)
+def test_parts_too_small_for_batch_statistics_are_refused(tmp_path, changes, said):
+    with pytest.raises(UserError, match=said):
+        fit(tiny.data(), tiny.settings(objective__name="byol", **changes), tmp_path / "run", progress=Silent())
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_part_of_the_fused_encoder_learns(tmp_path):

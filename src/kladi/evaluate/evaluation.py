@@ -158,18 +158,21 @@ def _control(
         features = cost.stage("embed", lambda: baselines.grey_features(dataset, encoder.intensity))
         return Method(name, features, grey=True, control_of=encoder.name)
     architecture = encoder.architecture or config.encoder
-    module = random_encoder(architecture, encoder.intensity, seed=config.evaluate.seed)
+    module = random_encoder(architecture, encoder.intensity, seed=config.evaluate.seed, like=encoder.module)
     embedded = cost.stage("embed", lambda: _embedded(module, None, encoder, dataset, device))
     return Method(name, embedded.features, control_of=encoder.name)
 
 
 def random_encoder(
-    architecture: settings.Encoder, intensity: settings.Intensity, *, seed: int = 0
+    architecture: settings.Encoder, intensity: settings.Intensity, *, seed: int = 0, like: nn.Module | None = None
 ) -> backbones.Encoder:
-    """The same architecture with the random weights that training would start from; the caller's generator is kept."""
+    """The same architecture with the random weights that training would start from, fused as `like` is; the caller's
+    generator is kept."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # forked above: seeds nothing beyond this block
-        return backbones.build(architecture, intensity).eval()
+        plain = backbones.build(architecture, intensity)
+        whole = fused.around(plain, like.size, like.side) if isinstance(like, fused.Fused) else plain
+        return whole.eval()
 
 
 def _embedded(module: nn.Module, head: nn.Module | None, encoder: Subject, dataset: Dataset, device: str) -> Embeddings:

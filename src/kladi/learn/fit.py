@@ -45,7 +45,6 @@ from kladi.learn.journal import Journal
 from kladi.learn.log import Log
 from kladi.learn.objectives import Progress
 from kladi.learn.training import Training, learning_rate, seed_of
-from kladi.models import backbones
 
 SAVE_SECONDS = 60.0
 """Without `train.checkpoint_steps`, the end of an epoch saves only if the last save is so long ago."""
@@ -91,9 +90,9 @@ def fit(
     progress = progress or Lines()
     with _repeatable(config.train) as fabric:
         torch.manual_seed(seed_of(config.train.seed, "init"))
-        t = training.assemble(dataset, config, fabric, progress.say)  # nothing is written before all of this stands
         goes_on = resume and checkpoint.exist(run)  # a run that was stopped before its first checkpoint begins again
-        match = None if goes_on or not config.init.weights else backbones.load_weights(t.encoder, config.init.weights)
+        # Nothing is written before all of this stands.
+        t = training.assemble(dataset, config, fabric, progress.say, fresh=not goes_on)
         if ranks.follows(config.train):
             with signals.heard() as requests, _worded(run, config):
                 _follow(t, run, goes_on, requests)
@@ -118,8 +117,8 @@ def fit(
                 log.say("batch", _batch(t))
                 if t.loader.bounded is not None:
                     log.say("topology", str(t.loader.bounded))
-                if match is not None:
-                    log.say("weights", str(match))
+                if t.match is not None:
+                    log.say("weights", str(t.match))
                 if found is None:
                     if resume and run_folder.begun(run):
                         log.say("notice", "stopped before its first checkpoint; starting at step 0")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from timm.layers import convert_sync_batchnorm
@@ -26,9 +27,11 @@ from kladi.errors import UserError, suggestion
 from kladi.learn import checkpoint, monitors, objectives, presets, ranks, run_folder, state
 from kladi.learn.facts import Facts
 from kladi.models import backbones, weights
-from kladi.models.fused import Fused, fused, side_of
+from kladi.models.backbones import Match
+from kladi.models.fused import Fused, fused, load_weights, side_of
 from kladi.models.heads import Projector
 from kladi.models.topology import SIZES
+from kladi.structure.topology import diagram
 
 VIEWS = 2
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -40,6 +43,7 @@ MOVING_COPY = "target."
 class Training:
     """A run in memory. Only the tensors and the last three fields change.
 
+    match: what `init.weights` and the encoder had in common; None where nothing was read.
     step: steps taken. low: looks at the fixed rows in a row that found a collapse. spread: what the last look found.
     """
 
@@ -51,6 +55,7 @@ class Training:
     optimizer: Optimizer
     loader: Loader
     data_digest: str
+    match: Match | None = None
     step: int = 0
     low: int = 0
     spread: monitors.Spread | None = None
@@ -76,30 +81,52 @@ class Training:
 
 
 def assemble(
-    dataset: Dataset, config: settings.Config, fabric: Fabric, say: Callable[[str, str], None] | None = None
+    dataset: Dataset,
+    config: settings.Config,
+    fabric: Fabric,
+    say: Callable[[str, str], None] | None = None,
+    *,
+    fresh: bool = True,
 ) -> Training:
     """Encoder, projector, objective, optimiser and loader; fresh weights from torch's current generator.
 
     Args:
         say: told of what takes a while.
+        fresh: whether `init.weights` are read; not where a checkpoint takes their place.
 
     Raises:
         UserError: whatever is wrong with the configuration, or with the data for this objective.
     """
     check(config.train)
     encoder = built_encoder(config)
+    # Before the objective is built: what follows the encoder begins as its copy.
+    match = load_weights(encoder, config.init.weights) if fresh and config.init.weights else None
     projector = Projector(encoder.width, *config.encoder.projector)
     facts = Facts.of(dataset)
     objective = presets.build(config.objective.name, config.objective.args, facts, encoder, projector)
     objective.to(fabric.device)
     if fabric.device.type == "cuda" and fabric.world_size > 1:
         objective = convert_sync_batchnorm(objective)  # torch has none for the CPU: there each process has its own
-    bounded, (rank, world) = _bounded(dataset, config, encoder, say), (fabric.global_rank, fabric.world_size)
-    loader = Loader(dataset, config, VIEWS, fabric.device, rank=rank, world=world, bounded=bounded)
-    if loader.batch < objective.least:
-        raise UserError(f"--train.batch {loader.batch}: {config.objective.name} takes {objective.least} or more")
+    loader = Loader(dataset, config, VIEWS, fabric.device, rank=fabric.global_rank, world=fabric.world_size)
+    _require_images(objective.least, loader, config)
+    loader.bounded = _bounded(dataset, config, encoder, say)
     optimizer = optimizer_of(objective, config.train)
-    return Training(config, dataset, fabric, encoder, objective, optimizer, loader, run_folder.digest(dataset))
+    digest = run_folder.digest(dataset)
+    return Training(config, dataset, fabric, encoder, objective, optimizer, loader, digest, match)
+
+
+def _require_images(least: int, loader: Loader, config: settings.Config) -> None:
+    """Refuse parts of a batch that are too small for batch statistics: those of a process, and those of a chunk."""
+    train, share = config.train, loader.batch // loader.world
+    name = config.objective.name
+    if share < least:
+        raise UserError(f"--train.batch {loader.batch}: {name} takes {least} or more images a process")
+    rest = share % train.chunk if 0 < train.chunk < share else least
+    if 0 < min(train.chunk or least, rest or least) < least:
+        raise UserError(
+            f"--train.chunk {train.chunk} leaves {min(rest or train.chunk, train.chunk)} of {share} images by itself; "
+            f"{name} takes {least} or more at a time"
+        )
 
 
 def built_encoder(config: settings.Config) -> backbones.Encoder:
@@ -114,6 +141,7 @@ def _bounded(
     """Where views come from if topology is on."""
     if not config.topology.on:
         return None
+    diagram(np.zeros((1, 1)))  # whether the package is there, before anything is measured
     side = side_of(config.topology, config.intensity.size)
     tokens = (SIZES[encoder.size].k0, SIZES[encoder.size].k1) if isinstance(encoder, Fused) else None
     return BoundedPair(dataset, config, strengths_of(dataset, config, side, say), side, tokens)

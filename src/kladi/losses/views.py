@@ -105,7 +105,7 @@ class MoCoV3Loss(nn.Module):
         """The loss of V views of B images."""
         p, t = _unit(p), _unit(t.detach())
         with torch.autocast(p.device.type, enabled=False):
-            logits = torch.stack([p[u] @ t[v].T for u, v in _pairs(p)]) / self.temperature
+            logits = torch.stack([p[u] @ t[v].T for u, v in _pairs(p, t)]) / self.temperature
         own = logits.diagonal(dim1=1, dim2=2)
         return 2 * self.temperature * _mean(logits.logsumexp(dim=2) - own)
 
@@ -135,7 +135,7 @@ class BYOLLoss(nn.Module):
     def forward(self, p: Float[Tensor, "V B D"], t: Float[Tensor, "V B D"]) -> Float[Tensor, ""]:
         """The loss of V views of B images."""
         p, t = _unit(p), _unit(t.detach())
-        return _mean(torch.stack([2 - 2 * (p[u] * t[v]).sum(dim=1) for u, v in _pairs(p)]))
+        return _mean(torch.stack([2 - 2 * (p[u] * t[v]).sum(dim=1) for u, v in _pairs(p, t)]))
 
 
 class BarlowTwinsLoss(nn.Module):
@@ -204,6 +204,8 @@ class DINOLoss(nn.Module):
 
     def __init__(self, dim: int, student: float = 0.1, teacher: float = 0.04, momentum: float = 0.9) -> None:
         super().__init__()
+        if dim < 1:
+            raise ValueError(f"dim must be 1 or more, not {dim!r}")
         check_temperature(student)
         check_temperature(teacher)
         if not 0 <= momentum <= 1:
@@ -217,7 +219,7 @@ class DINOLoss(nn.Module):
         p, t = _precise(p), _precise(t.detach())
         wanted = torch.softmax((t - self.centre) / self.teacher, dim=2)
         said = torch.log_softmax(p / self.student, dim=2)
-        loss = _mean(torch.stack([-(wanted[v] * said[u]).sum(dim=1) for u, v in _pairs(p)]))
+        loss = _mean(torch.stack([-(wanted[v] * said[u]).sum(dim=1) for u, v in _pairs(p, t)]))
         if self.training and t.shape[1]:
             self.centre.lerp_(t.mean(dim=(0, 1)).to(self.centre.dtype), 1 - self.momentum)
         return loss
@@ -243,8 +245,10 @@ def _mean(terms: Float[Tensor, "P B"]) -> Float[Tensor, ""]:
     return terms.sum() / max(1, terms.numel())
 
 
-def _pairs(z: Float[Tensor, "V B D"]) -> list[tuple[int, int]]:
-    """Ordered pairs of different views."""
+def _pairs(z: Float[Tensor, "V B D"], t: Float[Tensor, "V B D"] | None = None) -> list[tuple[int, int]]:
+    """Ordered pairs of different views; predictions and targets have one shape."""
+    if t is not None and t.shape != z.shape:
+        raise ValueError(f"predictions {tuple(z.shape)} and targets {tuple(t.shape)} differ in shape")
     if len(z) < 2:
         raise ValueError(f"the loss compares two views of an image at least, not {len(z)}")
     return [(u, v) for u in range(len(z)) for v in range(len(z)) if u != v]

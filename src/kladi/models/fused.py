@@ -16,7 +16,7 @@ from kladi import config as settings
 from kladi.data.views.bounded import grey, shrunk
 from kladi.errors import UserError
 from kladi.models import backbones, weights
-from kladi.models.backbones import Encoder
+from kladi.models.backbones import Encoder, Match
 from kladi.models.topology import SIZES, MixtureOfExperts, TopologyEncoder, three_layers
 from kladi.structure.topology import Diagram, diagram
 
@@ -62,18 +62,19 @@ class Fused(Encoder):
 
     def diagrams(self, image: Float[Tensor, "B C H W"]) -> list[Diagram]:
         """Of images as the encoder sees them, each normalised by its own range."""
-        intensity = self.intensity
-        mean, std = (torch.tensor(x, device=image.device).view(1, -1, 1, 1) for x in (intensity.mean, intensity.std))
-        x = shrunk(image.detach() * std + mean, self.side)
-        level = x.double().mean(dim=1).flatten(1)
-        low, high = level.amin(dim=1).cpu().numpy(), level.amax(dim=1).cpu().numpy()
-        return [diagram(v) for v in grey(x, low, high)]
+        mean, std = (torch.tensor(x).view(1, -1, 1, 1) for x in (self.intensity.mean, self.intensity.std))
+        x = shrunk(image.detach().cpu().double() * std + mean, self.side)  # some devices have no float64
+        level = x.mean(dim=1).flatten(1)
+        return [diagram(v) for v in grey(x, level.amin(dim=1).numpy(), level.amax(dim=1).numpy())]
 
     def tokens(self, diagrams: list[Diagram], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Points float32[B, k, 2] and mask bool[B, k]."""
-        sizes = SIZES[self.size]
-        points, mask = zip(*[one.tokens(sizes.k0, sizes.k1) for one in diagrams], strict=True)
-        return torch.from_numpy(np.stack(points)).to(device), torch.from_numpy(np.stack(mask)).to(device)
+        """Points [B, k, 2], in the precision of the diagram encoder, and mask bool[B, k]."""
+        sizes, dtype = SIZES[self.size], next(self.topology.parameters()).dtype
+        found = [one.tokens(sizes.k0, sizes.k1) for one in diagrams]
+        k = sizes.k0 + sizes.k1
+        points = np.array([points for points, _ in found], dtype=np.float32).reshape(-1, k, 2)
+        mask = np.array([mask for _, mask in found], dtype=bool).reshape(-1, k)
+        return torch.from_numpy(points).to(device, dtype), torch.from_numpy(mask).to(device)
 
     def description(self) -> dict[str, Any]:
         """What `load` needs to build it again."""
@@ -90,7 +91,12 @@ def fused(encoder: Encoder, topology: settings.Topology) -> Fused:
     size = encoder.intensity.size
     large = encoder.width >= LARGE[0] and size >= LARGE[1]
     name = topology.encoder if topology.encoder != "auto" else ("paper" if large else "small")
-    return Fused(encoder, TopologyEncoder(SIZES[name]), name, side_of(topology, size))
+    return around(encoder, name, side_of(topology, size))
+
+
+def around(encoder: Encoder, size: str, side: int) -> Fused:
+    """The same by the name of its size and the side of its diagrams."""
+    return Fused(encoder, TopologyEncoder(SIZES[size]), size, side)
 
 
 def load(run: str | Path) -> Encoder:
@@ -104,21 +110,54 @@ def load(run: str | Path) -> Encoder:
         UserError: the folder holds no finished encoder, or its weights do not fit its description.
     """
     encoder = backbones.load(run)
-    described = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))["kladi"].get("topology")
+    described = description(Path(run))
     if described is None:
         return encoder
-    file = Path(run) / "head.safetensors"
     with torch.random.fork_rng(devices=[]):  # as for the image encoder
-        try:
-            sizes = SIZES[described["size"]]
-            whole = Fused(encoder, TopologyEncoder(sizes), described["size"], int(described["side"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{run}/config.json: its diagram encoder is described as {described}") from error
-    prefix = "encoder."
+        whole = around(encoder, described["size"], described["side"])
+    _fill(whole, Path(run))
+    return whole.eval()
+
+
+def load_weights(encoder: Encoder, path: str | Path) -> Match:
+    """Copy local weights into an encoder, by name and shape; of a run with topology, into all of a fused one.
+
+    Raises:
+        UserError: as `backbones.load_weights`; or the run's diagram encoder is of another size.
+    """
+    match, run = backbones.load_weights(encoder, path), Path(path)
+    if isinstance(encoder, Fused) and run.is_dir():
+        described = description(run)
+        if described is not None:
+            if described["size"] != encoder.size:
+                raise UserError(f'{run}: its diagram encoder is "{described["size"]}", not "{encoder.size}"')
+            _fill(encoder, run)
+    return match
+
+
+def description(run: Path) -> dict[str, Any] | None:
+    """What a run says of its diagram encoder; None where it has none.
+
+    Raises:
+        UserError: it cannot be built so.
+    """
+    if not (run / "config.json").is_file():
+        return None
+    found = json.loads((run / "config.json").read_text(encoding="utf-8")).get("kladi", {}).get("topology")
+    if found is None:
+        return None
+    numbers = [found.get(key) for key in ("side", "features")] if isinstance(found, dict) else []
+    if not numbers or found.get("size") not in SIZES or not all(isinstance(n, int) and n > 0 for n in numbers):
+        raise UserError(f"{run}/config.json: its diagram encoder is described as {found}; the run is damaged")
+    return found
+
+
+def _fill(whole: Fused, run: Path) -> None:
+    """The run's weights of everything round the image encoder."""
+    prefix, file = "encoder.", run / "head.safetensors"
     tensors = {n.removeprefix(prefix): t for n, t in weights.read(file).items() if n.startswith(prefix)}
     wanted = {name: tensor for name, tensor in whole.state_dict().items() if not name.startswith("model.")}
     differences = weights.compare(weights.promises(tensors), weights.promises(wanted))
     if differences:
         raise UserError(f"{file}: {differences[0]}")
     whole.load_state_dict(tensors, strict=False)
-    return whole.eval()

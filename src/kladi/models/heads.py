@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from kladi.errors import UserError
 from kladi.models import weights
+from kladi.models.fused import description
 
 
 class Unit(nn.Module):
@@ -155,10 +156,11 @@ def load(run: str | Path) -> Projector | None:
     if not file.is_file():
         return None
     described = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
-    fused = described["kladi"].get("topology") or {}
-    width, (hidden, dim) = fused.get("features", described["num_features"]), described["kladi"]["projector"]
+    fused = description(Path(run))
+    width = fused["features"] if fused else described["num_features"]
+    hidden, dim = described["kladi"]["projector"]
     form = described["kladi"].get("projector_form", "plain")
-    if form not in FORMS:
+    if not isinstance(form, str) or form not in FORMS:
         raise UserError(f'{file}: this kladi knows no projector of the form "{form}"; pip install --upgrade kladi')
     projector = Projector(width, hidden, dim, form)
     tensors = {

@@ -102,9 +102,9 @@ class MaskedAttention(nn.Module):
             layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
             for layer, x in ((self.query, query), (self.key, keys), (self.value, keys))
         )
-        dropout = self.dropout if self.training else 0.0
-        found = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None], dropout_p=dropout)
-        any_key = mask.any(dim=1)[:, None, None]
+        dropout, any_key = self.dropout if self.training else 0.0, mask.any(dim=1)[:, None, None]
+        kept = mask[:, None, None] | ~any_key[..., None]  # a softmax over nothing is no number on some devices
+        found = functional.scaled_dot_product_attention(q, k, v, attn_mask=kept, dropout_p=dropout)
         return self.out(found.transpose(1, 2).flatten(2)).where(any_key, 0.0)
 
 
@@ -127,7 +127,7 @@ class MixtureOfExperts(nn.Module):
         h = sum_i gate_i expert_i,        gate = softmax(MLP([f; t]) / temperature)
 
     "cross" is two-way attention: over a single key it is this linear map. After a forward, `gate` holds the batch's
-    gates, with their graph.
+    gates, without their graph.
 
     Args:
         embed: length of f and t.
@@ -154,18 +154,9 @@ class MixtureOfExperts(nn.Module):
         crossed = [self.norm_visual(f + self.to_visual(t)), self.norm_topology(t + self.to_topology(f))]
         seen = (f, t, both, g * f + (1 - g) * t, torch.cat(crossed, dim=1))
         said = torch.stack([self.experts[name](x) for name, x in zip(EXPERTS, seen, strict=True)], dim=1)
-        self.gate = torch.softmax(self.score(both) / self.temperature, dim=1)
-        return (self.gate[..., None] * said).sum(dim=1)
-
-
-def balance(gate: Float[Tensor, "B 5"]) -> Float[Tensor, ""]:
-    """What a gate's mean q over the batch loses outside [0.05, 0.5]: sum relu(q - 0.5) + sum relu(0.05 - q).
-
-    >>> round(balance(torch.eye(5)[:1]).item(), 6)
-    0.7
-    """
-    q = gate.mean(dim=0)
-    return (functional.relu(q - 0.5).sum() + functional.relu(0.05 - q).sum()).clamp(max=5.0)
+        gate = torch.softmax(self.score(both) / self.temperature, dim=1)
+        self.gate = gate.detach()
+        return (gate[..., None] * said).sum(dim=1)
 
 
 def three_layers(width: int, hidden: int, out: int) -> nn.Sequential:

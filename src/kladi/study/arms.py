@@ -101,7 +101,9 @@ def content_digest(file: Path) -> str:
         UserError: it cannot be read.
     """
     try:
-        return hashlib.sha256((file / "model.safetensors" if file.is_dir() else file).read_bytes()).hexdigest()
+        head = file / "head.safetensors"  # of a run with topology a part of the encoder
+        files = [file / "model.safetensors", *([head] if head.is_file() else [])] if file.is_dir() else [file]
+        return hashlib.sha256(b"".join(one.read_bytes() for one in files)).hexdigest()
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
 
@@ -155,7 +157,7 @@ def require_buildable(found: Sequence[Arm], dataset: Dataset) -> None:
         try:
             encoder = _fresh(config, seed=0)
             if config.init.weights:
-                backbones.load_weights(encoder, config.init.weights)
+                fused.load_weights(encoder, config.init.weights)
             if arm.kind == "pretrained":
                 training.check(config.train)
                 projector = Projector(encoder.width, *config.encoder.projector)
@@ -234,7 +236,7 @@ def encoder_of(arm: Arm, seed: int, dataset: Dataset, folder: Path, before: Path
             return fused.load(folder)
     encoder = _fresh(arm.config, seed)
     if arm.kind == "given":
-        backbones.load_weights(encoder, arm.config.init.weights)
+        fused.load_weights(encoder, arm.config.init.weights)
     return encoder
 
 

@@ -335,6 +335,7 @@ def _trained(cell: Cell, context: Context) -> Measured:
         answers = published(encoder, data, task, part, how, regime, recipe, method=name, seed=seed, device=device)
     else:
         start, config, how = _begun(cell, part, context), study.config, arm.classify
+        wall, cpu = time.perf_counter(), time.process_time()  # the start is shared, so it is nobody's
         recipe, answers = study.finetune, None
         if start is not None:
             answers = fine_tune(

@@ -121,7 +121,7 @@ def turned(x: Images, turn: Int[np.ndarray, " b"]) -> Images:
 def grey(x: Float[Tensor, "b C S S"], low: Float64[np.ndarray, " b"], high: Float64[np.ndarray, " b"]) -> np.ndarray:
     """v float64[b, S, S] in [0, 1], of which diagrams are made: the mean over channels, normalised by the range of the
     original image, then clipped. Zero everywhere where that has no range."""
-    mean = x.double().mean(dim=1).cpu().numpy()
+    mean = x.cpu().double().mean(dim=1).numpy()
     width = (high - low)[:, None, None]
     return np.clip(np.divide(mean - low[:, None, None], width, out=np.zeros_like(mean), where=width > 0), 0, 1)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from kladi import config as settings
 from kladi.data.dataset import TRAIN, Dataset
 from kladi.data.views import augment, bounded, philox
 from kladi.data.views.batch import Diagrams, View
-from kladi.data.views.calibration import Original, Range, Strengths, calibrate, require_enough
+from kladi.data.views.calibration import GRID, Original, Range, Strengths, calibrate, require_enough
 from kladi.structure.topology import BANDS, diagram
 
 STREAM = "bounded"
@@ -79,7 +80,7 @@ class BoundedPair:
     def _facts(self, rows: np.ndarray, x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         new = np.flatnonzero(np.isnan(self._known[rows, 0]))
         if len(new):
-            found = Original.of(bounded.shrunk(x[torch.from_numpy(new)], self.side), self.dataset.row_id[rows[new]])
+            found = Original.of(x[torch.from_numpy(new)], self.dataset.row_id[rows[new]], self.side)
             self._known[rows[new]] = np.stack([found.low, found.high, found.unit], axis=1)
         low, high, unit = self._known[rows].T
         return low, high, unit
@@ -128,17 +129,18 @@ def strengths_of(
         UserError: too few operations are usable.
     """
     rows = _sample(dataset, config)
-    said = [__version__, dataset.store.digest, dataclasses.asdict(config.intensity), side, len(rows), config.train.seed]
-    key = hashlib.sha256(json.dumps(said).encode() + dataset.row_id[rows].tobytes()).hexdigest()[:16]
+    known = [__version__, GRID, BANDS, sorted(bounded.OPERATIONS), dataset.store.digest, side, config.train.seed]
+    said = json.dumps([*known, dataclasses.asdict(config.intensity)])
+    key = hashlib.sha256(said.encode() + dataset.row_id[rows].tobytes()).hexdigest()[:16]
     file = dataset.store.folder.parent / f"strengths-{key}.json"
-    if file.is_file():
-        found = _read(file)
-    else:
-        x = bounded.shrunk(pictures(dataset, rows, config.intensity), side)
+    found = _read(file)
+    if found is None:
         if say is not None:
             say("topology", f"measuring how far {len(bounded.OPERATIONS)} operations move {len(rows)} diagrams, once")
-        found = calibrate(x, dataset.row_id[rows], config.train.seed)
-        file.write_text(written(found), encoding="utf-8")
+        found = calibrate(pictures(dataset, rows, config.intensity), dataset.row_id[rows], side, config.train.seed)
+        kept = _kept(file, written(found))
+        if not kept and say is not None:
+            say("notice", f"{file.name} cannot be kept beside the decoded images; the next run measures again")
     require_enough(found)
     return found
 
@@ -149,10 +151,29 @@ def written(strengths: Strengths) -> str:
     return json.dumps({"ranges": ranges, "skipped": strengths.skipped}, indent=1) + "\n"
 
 
-def _read(file: Path) -> Strengths:
-    content = json.loads(file.read_text(encoding="utf-8"))
-    ranges = {band: {n: Range(**r) for n, r in some.items()} for band, some in content["ranges"].items()}
-    return Strengths(ranges, int(content["skipped"]), {})
+def _kept(file: Path, text: str) -> bool:
+    """Write it whole or not at all: other runs share the folder."""
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as part:
+            part.write(text)
+        Path(part.name).replace(file)
+    except OSError:
+        return False
+    return True
+
+
+def _read(file: Path) -> Strengths | None:
+    """What was measured before; None where it is not there, or is no such table."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        ranges = {band: {n: Range(**r) for n, r in content["ranges"][band].items()} for band in BANDS}
+        skipped = int(content["skipped"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+    every = [r for some in ranges.values() for r in some.values()]
+    names = {name for some in ranges.values() for name in some}
+    good = all(isinstance(r.low, float) and isinstance(r.high, float) and 0 < r.low <= r.high < 10 for r in every)
+    return Strengths(ranges, skipped, {}) if good and names <= bounded.OPERATIONS.keys() else None
 
 
 def _sample(dataset: Dataset, config: settings.Config) -> Int[np.ndarray, " m"]:

@@ -16,7 +16,7 @@ from jaxtyping import Float32, Float64, UInt64
 from torch import Tensor
 
 from kladi.data.views import philox
-from kladi.data.views.bounded import OPERATIONS, RANDOM, Draw, changed, grey
+from kladi.data.views.bounded import OPERATIONS, RANDOM, Draw, changed, grey, shrunk
 from kladi.errors import UserError
 from kladi.structure.topology import BANDS, Diagram, diagram, relative_bottleneck
 
@@ -50,20 +50,25 @@ class Strengths:
 
 @dataclass(frozen=True)
 class Original:
-    """Images with the diagram and the grey range of each: what strengths are relative to."""
+    """Images with the diagram and the grey range of each: what strengths are relative to.
+
+    side: of the square that diagrams are made of; operations are done before images are reduced to it.
+    """
 
     images: Float32[Tensor, "n C S S"]
     row_id: UInt64[np.ndarray, " n"]
     low: Float64[np.ndarray, " n"]
     high: Float64[np.ndarray, " n"]
     diagrams: tuple[Diagram, ...]
+    side: int
 
     @classmethod
-    def of(cls, images: Float32[Tensor, "n C S S"], row_id: UInt64[np.ndarray, " n"]) -> Original:
-        mean = images.double().mean(dim=1).flatten(1)
+    def of(cls, images: Float32[Tensor, "n C S S"], row_id: UInt64[np.ndarray, " n"], side: int) -> Original:
+        small = shrunk(images, side)
+        mean = small.double().mean(dim=1).flatten(1)
         low, high = mean.amin(dim=1).numpy(), mean.amax(dim=1).numpy()
-        found = tuple(diagram(v) for v in grey(images, low, high))
-        return cls(images, row_id, low, high, found)
+        found = tuple(diagram(v) for v in grey(small, low, high))
+        return cls(images, row_id, low, high, found, side)
 
     @property
     def unit(self) -> Float64[np.ndarray, " n"]:
@@ -73,12 +78,15 @@ class Original:
     def some(self, keep: np.ndarray) -> Original:
         rows = np.flatnonzero(keep)
         kept = tuple(self.diagrams[row] for row in rows)
-        return Original(self.images[torch.from_numpy(rows)], self.row_id[rows], self.low[rows], self.high[rows], kept)
+        return Original(
+            self.images[torch.from_numpy(rows)], self.row_id[rows], self.low[rows], self.high[rows], kept, self.side
+        )
 
 
 def calibrate(
     images: Float32[Tensor, "n C S S"],
     row_id: UInt64[np.ndarray, " n"],
+    side: int,
     seed: int = 0,
 ) -> Strengths:
     """The ranges for these images.
@@ -86,11 +94,12 @@ def calibrate(
     Args:
         images: in [0, 1], training images alone, at the size and by the pipeline of the training.
         row_id: of each, so that the draws are those rows' own.
+        side: of the square that diagrams are made of.
 
     Raises:
         UserError: no image has topology to speak of.
     """
-    every = Original.of(images, row_id)
+    every = Original.of(images, row_id, side)
     keep = np.array([found.span >= LEAST_SPAN for found in every.diagrams], dtype=bool)
     if not keep.any():
         raise UserError(f"none of {len(images):,} images has a component or a hole of contrast {LEAST_SPAN} or more")
@@ -119,7 +128,7 @@ def require_enough(strengths: Strengths) -> None:
             raise UserError(
                 f"{len(found)} of {len(OPERATIONS)} operations move the diagrams of these images by {low:.0%} to "
                 f"{high:.0%} of their span ({band} views); {LEAST_OPERATIONS} are needed; larger images have more "
-                "topology (--intensity.size)"
+                "topology (--intensity.size, --topology.side)"
             )
 
 
@@ -130,7 +139,7 @@ def moved(original: Original, name: str, strength: float, seed: int) -> Float64[
         up = philox.uniform(seed, STREAM, original.row_id, 0, 0, number) < 0.5
         draw = Draw(up, original.row_id, seed, number)
         x = changed(original.images.clone(), name, strength * original.unit, draw)
-        after = grey(x, original.low, original.high)
+        after = grey(shrunk(x, original.side), original.low, original.high)
         found += [relative_bottleneck(d, diagram(v)) for d, v in zip(original.diagrams, after, strict=True)]
     return np.array(found)
 

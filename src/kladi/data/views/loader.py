@@ -42,7 +42,6 @@ class Loader:
         device: where batches are prepared and end up.
         rows: positions in the data set; None: those that the split calls TRAIN.
         rank, world: of several processes; each gets its consecutive share of every batch.
-        bounded: where views come from, in the place of augmentation.
 
     Raises:
         UserError: no rows; augmentation that the images cannot have.
@@ -58,7 +57,6 @@ class Loader:
         rows: Int[np.ndarray, " m"] | None = None,
         rank: int = 0,
         world: int = 1,
-        bounded: BoundedPair | None = None,
     ) -> None:
         augment.check(config.augment, config.intensity.channels)
         for key, least in (("batch", 1), ("workers", 0)):
@@ -66,7 +64,9 @@ class Loader:
                 raise UserError(f"--train.{key} {getattr(config.train, key)}: takes {least} or more")
         self.dataset, self.config, self.views, self.device = dataset, config, views, device
         self.rows = np.flatnonzero(dataset.split == TRAIN) if rows is None else rows.astype(np.int64)
-        self.rank, self.world, self.bounded = rank, world, bounded
+        self.rank, self.world = rank, world
+        self.bounded: BoundedPair | None = None
+        """Where views come from in the place of augmentation."""
         if len(self.rows) == 0:
             raise UserError("no rows to train on: the split calls none of them train")
         if min(config.train.batch, len(self.rows)) < world:
