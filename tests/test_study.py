@@ -350,7 +350,7 @@ def test_killed_at_any_time_it_goes_on_to_the_same_results(ward, finished, tmp_p
     rng, kills, alone = np.random.default_rng(0), 0, {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     for turn in range(40):
         process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=alone)
-        time.sleep(float(rng.uniform(1, 3)) + turn / 2)  # early at first, and late enough in the end on any machine
+        time.sleep(float(rng.uniform(1, 3)) * 1.5**turn)  # early at first, and soon late enough on any machine
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             kills += 1
