@@ -576,10 +576,10 @@ scales = [1.0]
 looks = 2
 [methods.flat]
 objective.name = "cross_entropy"
-classify = { loss = "cross_entropy", label_smoothing = [0.0, 0.1] }
+classify = { loss = "cross_entropy" }
 [methods.tree]
 objective.name = "tree_cross_entropy"
-classify = { loss = "hace", retain = [0.5, 0.8] }
+classify = { loss = "hace", retain = 0.5 }
 [methods.hxe]
 objective.name = "hxe"
 classify = { loss = "hxe", alpha = 0.2 }
