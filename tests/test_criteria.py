@@ -133,10 +133,12 @@ def test_the_solver_finds_the_optimum_of_the_plain_probe():
 
 
 def test_problems_do_not_know_of_each_other():
+    """At penalties whose optimum is reached; at weaker ones both stop on the way, each where its rounding led."""
     x, task, parts = cohort()
-    both = {a.fold: a for _, a in tree_probe.tree_probe(_view(x, task, parts), Criterion("hace"))}
-    alone = {a.fold: a for _, a in tree_probe.tree_probe(_view(x, task, parts[1:]), Criterion("hace"))}
-    np.testing.assert_allclose(np.exp(both[1].scores), np.exp(alone[1].scores), atol=2e-2)
+    lambdas = (1e-1, 1e-2, 1e-3)
+    both = {a.fold: a for _, a in tree_probe.tree_probe(_view(x, task, parts), Criterion("hace"), lambdas=lambdas)}
+    alone = {a.fold: a for _, a in tree_probe.tree_probe(_view(x, task, parts[1:]), Criterion("hace"), lambdas=lambdas)}
+    np.testing.assert_allclose(np.exp(both[1].scores), np.exp(alone[1].scores), atol=5e-3)
 
 
 def _view(x, task, parts):

@@ -148,7 +148,7 @@ def _minimum(
     P, F = scale.shape
     V = torch.zeros(P, F, judge.columns, requires_grad=True)
     b = torch.zeros(P, judge.columns, requires_grad=True)
-    targets = y.repeat(P)
+    n, targets = len(y), y.repeat_interleave(P)
     optimizer = torch.optim.LBFGS(
         [V, b],
         max_iter=ITERATIONS,
@@ -161,9 +161,12 @@ def _minimum(
     def objective() -> Tensor:
         optimizer.zero_grad()
         weight = V * scale[:, :, None]
-        logits = x @ weight + (b - (mean[:, None] @ weight)[:, 0])[:, None]
-        rows = judge.rows(logits.flatten(0, 1), targets).unflatten(0, (P, -1))
-        value = (share * rows).sum() + 0.5 * (penalty * V.square().sum((1, 2))).sum()
+        # One product for all problems where they share their rows.
+        own = x.ndim == 3
+        product = (x @ weight).transpose(0, 1) if own else (x @ weight.transpose(0, 1).flatten(1)).view(n, P, -1)
+        logits = product + (b - (mean[:, None] @ weight)[:, 0])
+        rows = judge.rows(logits.flatten(0, 1), targets).view(n, P)
+        value = (share.T * rows).sum() + 0.5 * (penalty * V.square().sum((1, 2))).sum()
         value.backward()
         return value
 
