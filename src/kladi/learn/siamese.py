@@ -26,8 +26,8 @@ from kladi.learn import ranks
 from kladi.learn.objectives import Progress, Supervised, Term
 from kladi.models.heads import Prototypes
 
-DROPPED_IN_TARGET = (nn.modules.batchnorm._BatchNorm,)
-"""Layers of the target that work as in training: its batches' own statistics. All others, dropout too, are at rest."""
+STATISTICS = (nn.modules.batchnorm._BatchNorm,)
+"""Layers of the target that work as in training, with its batches' own statistics; all others, dropout too, rest."""
 
 
 class Siamese(Supervised):
@@ -83,7 +83,7 @@ class Siamese(Supervised):
         if self.target is not None:
             self.target.eval()
             for module in self.target.modules():
-                if isinstance(module, DROPPED_IN_TARGET):
+                if isinstance(module, STATISTICS):
                     module.train(mode)
         return self
 
