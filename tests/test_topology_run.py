@@ -10,12 +10,14 @@ from safetensors.torch import load_file
 
 import kladi
 import tiny
+from kladi import commands, toy
+from kladi.data.load import load
 from kladi.data.views import bounded_pair
 from kladi.data.views.bounded import grey
 from kladi.data.views.bounded_pair import BoundedPair, pictures, strengths_of
 from kladi.data.views.calibration import Range, Strengths
 from kladi.errors import UserError
-from kladi.evaluate.embed import embed
+from kladi.evaluate.embed import Embeddings, embed
 from kladi.evaluate.evaluation import random_encoder
 from kladi.learn import training
 from kladi.learn.console import Silent
@@ -169,9 +171,9 @@ def test_a_damaged_description_is_refused(tmp_path, damaged):
     config = json.loads((tmp_path / "config.json").read_text())
     config["kladi"]["topology"] = damaged
     (tmp_path / "config.json").write_text(json.dumps(config))
-    for load in (fused.load, heads.load):
+    for read in (fused.load, heads.load):
         with pytest.raises(UserError, match="the run is damaged"):
-            load(tmp_path)
+            read(tmp_path)
 
 
 def test_the_untrained_control_of_a_fused_run_is_fused():
@@ -197,6 +199,18 @@ def test_parts_too_small_for_batch_statistics_are_refused(tmp_path, changes, sai
     with pytest.raises(UserError, match=said):
         fit(tiny.data(), tiny.settings(objective__name="byol", **changes), tmp_path / "run", progress=Silent())
     assert not (tmp_path / "run").exists()
+
+
+def test_the_command_embed_writes_what_the_whole_encoder_sees(tmp_path):
+    toy.write(tmp_path / "toy", n=24, size=24)
+    config = tiny.settings(**ON, objective__name="byol", train__epochs=1, data__store=str(tmp_path / "store"))
+    data, _ = load(tmp_path / "toy" / "manifest.csv", config)
+    fit(data, config, tmp_path / "run", progress=Silent())
+    store = {"data.store": str(tmp_path / "store")}
+    assert commands.embed(tmp_path / "run", tmp_path / "toy" / "manifest.csv", tmp_path / "out", store) == 0
+    found = Embeddings.read(tmp_path / "out" / "embeddings.npz")
+    assert found.features.shape == (len(data), 512)
+    np.testing.assert_array_equal(found.features, embed(kladi.load(tmp_path / "run"), data).features)
 
 
 def test_every_part_of_the_fused_encoder_learns(tmp_path):

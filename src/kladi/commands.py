@@ -124,7 +124,7 @@ def embed(run: Path, data: Path, out: Path, overrides: Mapping[str, str]) -> int
     from kladi.data import load
     from kladi.evaluate.embed import embed as embedded
     from kladi.models import heads
-    from kladi.models.backbones import load as load_encoder
+    from kladi.models.fused import load as load_encoder
 
     encoder = load_encoder(run)
     dataset, inspection = load.load(data, _run_config(run, overrides))

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from typing_extensions import override
 
 from kladi import config as settings
+from kladi.data.views.batch import Diagrams
 from kladi.data.views.bounded import grey, shrunk
 from kladi.errors import UserError
 from kladi.models import backbones, weights
@@ -70,11 +70,8 @@ class Fused(Encoder):
     def tokens(self, diagrams: list[Diagram], device: torch.device) -> tuple[Tensor, Tensor]:
         """Points [B, k, 2], in the precision of the diagram encoder, and mask bool[B, k]."""
         sizes, dtype = SIZES[self.size], next(self.topology.parameters()).dtype
-        found = [one.tokens(sizes.k0, sizes.k1) for one in diagrams]
-        k = sizes.k0 + sizes.k1
-        points = np.array([points for points, _ in found], dtype=np.float32).reshape(-1, k, 2)
-        mask = np.array([mask for _, mask in found], dtype=bool).reshape(-1, k)
-        return torch.from_numpy(points).to(device, dtype), torch.from_numpy(mask).to(device)
+        found = Diagrams.of(diagrams, sizes.k0, sizes.k1)
+        return found.points.to(device, dtype), found.mask.to(device)
 
     def description(self) -> dict[str, Any]:
         """What `load` needs to build it again."""

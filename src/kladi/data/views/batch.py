@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from kladi.structure.topology import Diagram
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,14 @@ class Diagrams:
 
     points: Float[Tensor, "B k 2"]
     mask: Bool[Tensor, "B k"]
+
+    @classmethod
+    def of(cls, diagrams: Sequence[Diagram], k0: int, k1: int) -> Diagrams:
+        """The k0 most persistent points of H0 and the k1 of H1 of each, float32."""
+        found, k = [one.tokens(k0, k1) for one in diagrams], k0 + k1
+        points = np.array([points for points, _ in found], dtype=np.float32).reshape(-1, k, 2)
+        mask = np.array([mask for _, mask in found], dtype=bool).reshape(-1, k)
+        return cls(torch.from_numpy(points), torch.from_numpy(mask))
 
 
 @dataclass(frozen=True)

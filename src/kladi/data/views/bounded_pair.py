@@ -111,10 +111,8 @@ class BoundedPair:
         return np.where(u[ACROSS] < 0.5, mirror * across + (mirror + 2) * down, 0).astype(np.int64)
 
     def _diagrams(self, x: Tensor, low: np.ndarray, high: np.ndarray) -> Diagrams:
-        k0, k1 = self.tokens or (0, 0)
-        found = [diagram(v).tokens(k0, k1) for v in bounded.grey(bounded.shrunk(x, self.side), low, high)]
-        points, mask = zip(*found, strict=True)
-        return Diagrams(torch.from_numpy(np.stack(points)), torch.from_numpy(np.stack(mask)))
+        found = [diagram(v) for v in bounded.grey(bounded.shrunk(x, self.side), low, high)]
+        return Diagrams.of(found, *(self.tokens or (0, 0)))
 
 
 def strengths_of(
