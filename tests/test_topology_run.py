@@ -27,7 +27,7 @@ from kladi.structure.topology import diagram
 
 SOME = {"noise": Range(0.04, 0.1, 0.9, 0.08, 10), "brightness": Range(0.05, 0.14, 1.0, 0.1, 10)}
 STRONG = {"noise": Range(0.15, 0.2, 0.9, 0.2, 10), "gamma": Range(0.16, 0.24, 1.0, 0.2, 10)}
-STRENGTHS = Strengths({"weak": SOME, "strong": STRONG}, 0, {})
+STRENGTHS = Strengths({"weak": SOME, "strong": STRONG}, 0)
 ON = {"topology__on": True, "topology__encoder": "small", "encoder__args": {"drop_rate": 0.2}}
 CPU = torch.device("cpu")
 

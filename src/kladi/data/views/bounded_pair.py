@@ -67,7 +67,7 @@ class BoundedPair:
         return tuple(views)
 
     def __str__(self) -> str:
-        """`diagrams of 64 x 64 pixels, 24 + 48 points; weak views by 8 operations, strong by 5`."""
+        """`diagrams of 64 px, 24 + 48 points; weak views by 8 operations, strong views by 5 operations`."""
         points = (
             "no diagrams"
             if self.tokens is None
@@ -144,7 +144,7 @@ def strengths_of(
 
 
 def written(strengths: Strengths) -> str:
-    """The table as JSON; distances are left out."""
+    """The table as JSON."""
     ranges = {band: {n: dataclasses.asdict(r) for n, r in some.items()} for band, some in strengths.ranges.items()}
     return json.dumps({"ranges": ranges, "skipped": strengths.skipped}, indent=1) + "\n"
 
@@ -152,9 +152,11 @@ def written(strengths: Strengths) -> str:
 def _kept(file: Path, text: str) -> bool:
     """Write it whole or not at all: other runs share the folder."""
     try:
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as part:
-            part.write(text)
-        Path(part.name).replace(file)
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".tmp-") as folder:  # goes whatever happens
+            part = Path(folder) / file.name
+            part.touch(mode=0o600)
+            part.write_text(text, encoding="utf-8")
+            part.replace(file)
     except OSError:
         return False
     return True
@@ -171,7 +173,7 @@ def _read(file: Path) -> Strengths | None:
     every = [r for some in ranges.values() for r in some.values()]
     names = {name for some in ranges.values() for name in some}
     good = all(isinstance(r.low, float) and isinstance(r.high, float) and 0 < r.low <= r.high < 10 for r in every)
-    return Strengths(ranges, skipped, {}) if good and names <= bounded.OPERATIONS.keys() else None
+    return Strengths(ranges, skipped) if good and names <= bounded.OPERATIONS.keys() else None
 
 
 def _sample(dataset: Dataset, config: settings.Config) -> Int[np.ndarray, " m"]:

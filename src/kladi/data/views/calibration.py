@@ -40,12 +40,10 @@ class Range:
 
 @dataclass(frozen=True)
 class Strengths:
-    """ranges: band -> operation -> `Range`; what is not there is not used. skipped: images with next to no topology.
-    distances: operation -> strength -> every distance, for the figure."""
+    """ranges: band -> operation -> `Range`; what is not there is not used. skipped: images with next to no topology."""
 
     ranges: Mapping[str, Mapping[str, Range]]
     skipped: int
-    distances: Mapping[str, Mapping[float, Float64[np.ndarray, " n"]]]
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,6 @@ def calibrate(
     if not keep.any():
         raise UserError(f"none of {len(images):,} images has a component or a hole of contrast {LEAST_SPAN} or more")
     original = every.some(keep)
-    distances: dict[str, dict[float, np.ndarray]] = {}
     ranges: dict[str, dict[str, Range]] = {band: {} for band in BANDS}
     for name in OPERATIONS:
         measured = {u: moved(original, name, u, seed) for u in GRID}
@@ -112,8 +109,7 @@ def calibrate(
             found = _range(band, measured, lambda u, name=name: moved(original, name, u, seed))
             if found is not None:
                 ranges[band][name] = found
-        distances[name] = dict(sorted(measured.items()))
-    return Strengths(ranges, int((~keep).sum()), distances)
+    return Strengths(ranges, int((~keep).sum()))
 
 
 def require_enough(strengths: Strengths) -> None:
