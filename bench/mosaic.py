@@ -2,7 +2,7 @@
 
     python bench/mosaic.py STUDY MANIFEST TAXONOMY --out OUT [--weights lite0.safetensors] [--workers 2]
 
-STUDY is one of bench/studies; the weights are for those that say WEIGHTS.
+STUDY is one of bench/studies; the weights are for those that say WEIGHTS, `--objective` for those that say OBJECTIVE.
 Writes OUT/study.toml and runs `kladi compare` on it: pretraining reads the manifest's training patients, all folds lie
 among the others. A study that was killed goes on with the same command. A study with a line `# HELD a b` pretrains on
 no image of the sources a and b: OUT/manifest.csv calls them test.
@@ -32,6 +32,7 @@ def main() -> int:
     parser.add_argument("manifest", type=Path)
     parser.add_argument("taxonomy", type=Path)
     parser.add_argument("--weights", type=Path, default=Path())
+    parser.add_argument("--objective", default="simclr")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--reference", default="", help="compare with this method, not with the study's own")
@@ -42,6 +43,7 @@ def main() -> int:
     held = re.search(r"^# HELD (.+)$", text, re.MULTILINE)
     if held:
         options.manifest = held_out(options.manifest, held[1].split(), options.out)
+    text = text.replace("OBJECTIVE", options.objective)
     for name in ("manifest", "taxonomy", "weights"):
         text = text.replace(f'"{name.upper()}"', f'"{getattr(options, name).absolute()}"')
     if options.reference:

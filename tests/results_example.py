@@ -89,6 +89,18 @@ def example(prefix: str = "") -> dict[str, Any]:
                  "hwc": 4 * math.exp(-s / 40), "grad_norm": 1.0, "idle": 0.02} for s in range(100)
             ],
             "cost": {},
+            "shapes": {
+                "persistence": {"attended": 0.04, "all": 0.02, "points": 900, "n": 40},
+                "experts": {
+                    "names": ["visual", "topology", "concat", "gated", "cross"],
+                    "groups": {"CT": [0.2, 0.2, 0.2, 0.2, 0.2], "all": [0.4, 0.1, 0.2, 0.2, 0.1]},
+                    "n": {"CT": 12, "all": 40},
+                },
+                "images": [
+                    {"label": nodes[i % 4], "thumbnail": i - 1 if i else None, "h0": [[0.1, 0.5, 0.7], [0.2, 0.3, 0.3]],
+                     "h1": [[0.4, 0.9, 1.0]] if i else []} for i in range(4)
+                ],
+            },
         },
     }  # fmt: skip
 

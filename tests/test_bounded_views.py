@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from kladi.data.views import bounded, calibration
-from kladi.data.views.bounded import OPERATIONS, Draw, changed, grey, turned
+from kladi.data.views.bounded import OPERATIONS, Draw, changed, turned
 from kladi.data.views.calibration import Original, Range, Strengths, calibrate, moved, require_enough
+from kladi.data.views.region import Looks, shrunk
 from kladi.errors import UserError
 from kladi.structure.topology import BANDS, diagram, relative_bottleneck
 
@@ -30,6 +31,14 @@ def draws(count, seed=0):
     return Draw(rng.random(count) < 0.5, rng.integers(0, 2**63, count).astype(np.uint64), seed)
 
 
+def original_of(x, row_id, side):
+    return Original.of(x, row_id, Looks.of(x, side))
+
+
+def calibrated(x, row_id, side):
+    return calibrate(x, row_id, Looks.of(x, side))
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_no_pixel_moves_farther_than_the_amount(name, channels):
@@ -50,7 +59,7 @@ def test_no_pixel_moves_farther_than_the_amount(name, channels):
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "noise"])
 def test_the_diagram_moves_by_no_more_than_the_strength(name):
     x = pictures()
-    original = Original.of(x, draws(6).row_id, 24)
+    original = original_of(x, draws(6).row_id, 24)
     for strength in (0.05, 0.2):
         assert (moved(original, name, strength, 0) <= strength + 0.01).all()
 
@@ -58,13 +67,12 @@ def test_the_diagram_moves_by_no_more_than_the_strength(name):
 def test_brightness_moves_a_diagram_by_exactly_its_strength():
     """Unclipped: neither by white and black nor by the range of the original image."""
     x = pictures()
-    original = Original.of(x, draws(6).row_id, 24)
-    wide = Original(x, original.row_id, original.low - 0.3, original.high + 0.3, (), 24)
-    d = tuple(diagram(v) for v in grey(x, wide.low, wide.high))
-    wide = Original(x, original.row_id, wide.low, wide.high, d, 24)
+    original = original_of(x, draws(6).row_id, 24)
+    looks = Looks(24, original.looks.low - 0.3, original.looks.high + 0.3, original.looks.regions)
+    wide = Original.of(x, original.row_id, looks)
     y = changed(x.clone(), "brightness", 0.08 * wide.unit, draws(6))
-    after = [diagram(v) for v in grey(y, wide.low, wide.high)]
-    found = [relative_bottleneck(a, b, exact=True) for a, b in zip(d, after, strict=True)]
+    after = [diagram(v) for v in looks.v(y)]
+    found = [relative_bottleneck(a, b, exact=True) for a, b in zip(wide.diagrams, after, strict=True)]
     np.testing.assert_allclose(found, 0.08, atol=1e-5)
 
 
@@ -107,10 +115,10 @@ def test_dilation_and_erosion_are_extremes_over_a_cross():
 
 def test_grey_is_normalised_by_the_original_and_clipped():
     x = torch.tensor([0.2, 0.4, 0.6]).view(1, 3, 1, 1).repeat(2, 1, 2, 2)
-    low, high = np.array([0.3, 0.4]), np.array([0.5, 0.4])
-    np.testing.assert_allclose(grey(x, low, high)[0], 0.5, atol=1e-6)
-    assert not grey(x, low, high)[1].any()
-    assert grey(x + 0.5, low, high)[0].max() == 1
+    looks = Looks(2, np.array([0.3, 0.4]), np.array([0.5, 0.4]), (None, None))
+    np.testing.assert_allclose(looks.v(x)[0], 0.5, atol=1e-6)
+    assert not looks.v(x)[1].any()
+    assert looks.v(x + 0.5)[0].max() == 1
 
 
 # --- calibration ---------------------------------------------------------------------------------------------------
@@ -119,7 +127,7 @@ def test_grey_is_normalised_by_the_original_and_clipped():
 def test_ranges_are_where_the_distances_lie(monkeypatch):
     """Distances made up: 2.5 times the strength, so that one strength of the grid is strong."""
     monkeypatch.setattr(calibration, "moved", lambda original, name, u, seed: np.full(10, 2.5 * u))
-    found = calibrate(pictures(), draws(6).row_id, 24)
+    found = calibrated(pictures(), draws(6).row_id, 24)
     assert found.skipped == 0
     for name in OPERATIONS:
         weak, strong = found.ranges["weak"][name], found.ranges["strong"][name]
@@ -135,7 +143,7 @@ def test_an_operation_that_never_mostly_hits_is_left_out(monkeypatch):
         return np.array([0.1, 0.9]) if name == "blur" else np.full(2, u)
 
     monkeypatch.setattr(calibration, "moved", half)
-    found = calibrate(pictures(), draws(6).row_id, 24)
+    found = calibrated(pictures(), draws(6).row_id, 24)
     assert "blur" not in found.ranges["weak"]
     assert "noise" in found.ranges["weak"]
     require_enough(found)
@@ -143,8 +151,8 @@ def test_an_operation_that_never_mostly_hits_is_left_out(monkeypatch):
 
 def test_a_second_sample_finds_the_same_shares(monkeypatch):
     monkeypatch.setattr(calibration, "OPERATIONS", {name: OPERATIONS[name] for name in ("brightness", "gamma")})
-    first = calibrate(pictures(10, 16, seed=1), draws(10, 1).row_id, 16)
-    second = Original.of(pictures(10, 16, seed=2), draws(10, 2).row_id, 16)
+    first = calibrated(pictures(10, 16, seed=1), draws(10, 1).row_id, 16)
+    second = original_of(pictures(10, 16, seed=2), draws(10, 2).row_id, 16)
     for band, operations in first.ranges.items():
         assert set(operations) == {"brightness", "gamma"}
         for name, chosen in operations.items():
@@ -157,9 +165,9 @@ def test_blank_images_are_counted_and_a_set_of_them_refused():
     small = {"noise": OPERATIONS["noise"]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibration, "OPERATIONS", small)
-        assert calibrate(x, draws(5).row_id, 24).skipped == 2
+        assert calibrated(x, draws(5).row_id, 24).skipped == 2
     with pytest.raises(UserError, match="none of 2 images has a component or a hole"):
-        calibrate(x[3:], draws(2).row_id, 24)
+        calibrated(x[3:], draws(2).row_id, 24)
 
 
 def test_one_operation_is_not_enough():
@@ -169,7 +177,7 @@ def test_one_operation_is_not_enough():
 
 
 def test_random_operations_are_measured_in_several_draws():
-    original = Original.of(pictures(4), draws(4).row_id, 24)
+    original = original_of(pictures(4), draws(4).row_id, 24)
     assert len(moved(original, "noise", 0.1, 0)) == 4 * calibration.DRAWS
     assert len(moved(original, "blur", 0.1, 0)) == 4
     assert set(OPERATIONS) > bounded.RANDOM
@@ -178,7 +186,7 @@ def test_random_operations_are_measured_in_several_draws():
 def test_strengths_are_measured_as_they_are_used():
     """At the size of the image, then reduced: means over areas halve what noise does to a diagram."""
     x, row_id = pictures(4, 24), draws(4).row_id
-    small = Original.of(bounded.shrunk(x, 12), row_id, 12)
-    large = Original.of(x, row_id, 12)
-    np.testing.assert_array_equal(large.low, small.low)
+    small = original_of(shrunk(x, 12), row_id, 12)
+    large = original_of(x, row_id, 12)
+    np.testing.assert_allclose(large.looks.low, small.looks.low, atol=1e-7)
     assert np.median(moved(large, "noise", 0.1, 0)) < 0.8 * np.median(moved(small, "noise", 0.1, 0))

@@ -91,7 +91,10 @@ def test_the_encoder_has_learnt_and_opens(run, data):
 def test_the_head_comes_back_and_gives_z(run, data):
     rows = np.arange(5)
     settings = tiny.settings()
-    z = monitors.embeddings(kladi.load(run), heads.load(run), data, rows, settings.intensity, torch.device("cpu"))
+    z, leaning = monitors.embeddings(
+        kladi.load(run), heads.load(run), data, rows, settings.intensity, torch.device("cpu")
+    )
+    assert leaning == {}
     assert z.shape == (5, 8)
     head = load_file(run / "head.safetensors")
     assert {"losses.lam.prototypes", "losses.lam.seen", "projector.layers.0.weight"} <= head.keys()
@@ -374,7 +377,7 @@ def test_looking_changes_nothing(data):
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     rows = monitors.fixed_rows(data, 0)
     look = (encoder, head, data, rows, tiny.settings().intensity, torch.device("cpu"))
-    torch.testing.assert_close(monitors.embeddings(*look), monitors.embeddings(*look, batch=5))
+    torch.testing.assert_close(monitors.embeddings(*look)[0], monitors.embeddings(*look, batch=5)[0])
     assert encoder.training
     assert all(torch.equal(before[name], tensor) for name, tensor in encoder.state_dict().items())
 
@@ -382,7 +385,7 @@ def test_looking_changes_nothing(data):
 def test_a_collapse_raises_the_alarm_at_the_second_look_and_stops_only_if_asked(data, tmp_path, monkeypatch):
     monkeypatch.setattr(fit, "LOOK_STEPS", 3)
     monkeypatch.setattr(fit, "FIRST_LOOK", 1)
-    monkeypatch.setattr(monitors, "embeddings", lambda *_, **__: torch.ones(10, 8))
+    monkeypatch.setattr(monitors, "embeddings", lambda *_, **__: (torch.ones(10, 8), {}))
     said = Kept()
     run = train(data, tmp_path / "a", progress=said, train__epochs=4)
     assert [line["alarm"] for line in lines(run) if "std" in line] == [False, True, True, True]

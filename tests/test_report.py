@@ -8,7 +8,7 @@ import stat
 import pytest
 
 from kladi.errors import UserError
-from kladi.report import comparison, figures, page, tables
+from kladi.report import comparison, figures, page, shapes, tables
 from results_example import THUMBNAIL, example, example_map, study_example, study_map
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -133,12 +133,31 @@ def opened(browser, target):
     return tab, errors, requests
 
 
+def test_diagrams_stand_beside_their_images():
+    figures = shapes.figures(example(), ["data:image/png;base64,a", "data:image/png;base64,b"])
+    drawn = figures["diagrams"]
+    assert [image["source"][-1] for image in drawn["layout"]["images"]] == [
+        "a",
+        "b",
+    ]  # the first has none, the last is missing
+    assert [trace["xaxis"] for trace in drawn["data"]] == ["x", "x", "x2", "x2", "x3", "x3", "x4", "x4"]
+    sizes = drawn["data"][2]["marker"]["size"]
+    assert sizes[0] > sizes[1]
+    experts = figures["experts"]["data"]
+    assert [trace["name"] for trace in experts] == ["visual", "topology", "concat", "gated", "cross"]
+    assert experts[0]["y"][0] == "all (40)"
+    assert "0.040, all points of 0.020 (900 points of 40 images)" in shapes.attended(example())
+    assert shapes.figures({"figures": {}}, []) == {}
+    assert shapes.attended({}) == ""
+
+
 @pytest.mark.browser
 @pytest.mark.slow
 def test_a_browser_draws_it_without_error_or_request(browser, tmp_path):
     tab, errors, requests = opened(browser, written(tmp_path))
     assert (errors, requests) == ([], [])
-    assert tab.locator(".plot .main-svg").count() >= 7
+    assert tab.locator(".plot .main-svg").count() >= 9
+    assert tab.locator("#figure-diagrams .imagelayer image").count() >= 1
     tab.select_option("#colour", "level 2")
     dot = tab.locator("#figure-map .scatterlayer .points path").first
     dot.hover(force=True)

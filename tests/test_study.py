@@ -631,13 +631,17 @@ def test_methods_that_differ_in_their_loss_begin_at_one_place(ward, tmp_path, mo
 
 
 LONGER = '[methods.longer]\nafter = "simclr"\nobjective.name = "metadata"\n[methods.scratch]'
+AS_IT_IS = '[methods."as it is"]\nafter = "longer"\nobjective.name = "none"\n[methods.scratch]'
 
 
 @pytest.mark.slow
 def test_a_method_can_begin_where_another_ended(ward, tmp_path):
     """Of the same seed; in two processes the other one is trained first, and what it has read counts as read."""
     file = changed(
-        ward, ("[methods.scratch]", LONGER), ('"shuffled_labels"', '"shuffled_metadata"'), name="longer.toml"
+        ward,
+        ("[methods.scratch]", LONGER.replace("[methods.scratch]", AS_IT_IS)),
+        ('"shuffled_labels"', '"shuffled_metadata"'),
+        name="longer.toml",
     )
     compare(file, tmp_path / "L", workers=2)
     context = cells.context(file, tmp_path / "L")
@@ -652,6 +656,12 @@ def test_a_method_can_begin_where_another_ended(ward, tmp_path):
     fit(context.dataset, longer, tmp_path / "by hand", progress=console.Silent())
     kept = (context.run_of(arm, 1) / "model.safetensors").read_bytes()
     assert kept == (tmp_path / "by hand" / "model.safetensors").read_bytes()
+    same = context.arm("as it is")
+    assert (same.kind, len(context.seeds(same)), same.reads_labels) == ("given", 2, False)
+    assert arms.images_seen(same, context.dataset) == arms.images_seen(arm, context.dataset)
+    for seed in (0, 1):
+        mine, theirs = (cells.prepared(one, seed, context).features for one in (same, arm))
+        np.testing.assert_array_equal(mine, theirs)
 
 
 @pytest.mark.parametrize(
@@ -659,7 +669,7 @@ def test_a_method_can_begin_where_another_ended(ward, tmp_path):
     [
         ('after = "simclr"', 'after = "simcrl"', 'after = "simcrl" is no method above it; closest: "simclr"'),
         ('after = "simclr"', 'after = "longer"', 'after = "longer" is no method above it'),
-        ('"metadata"\n', '"none"\n', 'after = "simclr" goes with an objective, and without init.weights'),
+        ('"metadata"\n', '"metadata"\ninit.weights = "x"\n', 'after = "simclr" goes without init.weights'),
     ],
 )
 def test_a_mistake_in_after_is_named(ward, old, new, said):

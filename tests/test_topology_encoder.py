@@ -7,7 +7,7 @@ import torch
 
 import tiny
 from kladi.models import backbones
-from kladi.models.fused import Fused, around
+from kladi.models.fused import DiagramAlone, Fused, Sight, around
 from kladi.models.topology import (
     EXPERTS,
     SIZES,
@@ -125,6 +125,24 @@ def test_attention_is_a_softmax_over_the_kept_keys():
         MaskedAttention(8, 3)
 
 
+def test_attention_that_a_point_receives():
+    """Naive: softmax of each asking point over the points of its dimension, mean over heads and askers."""
+    module, (tokens, mask) = encoder(), diagrams(4)
+    found = module.attended(tokens, mask)
+    assert (found[~mask] == 0).all()
+    h0 = module._points(tokens, mask)[0][0]
+    points, within = [0, 1, 2], module.within0
+    q, k = within.query(h0), within.key(h0)
+    want = torch.zeros(3, dtype=torch.float64)
+    for i in points:
+        for head in range(2):
+            part = slice(4 * head, 4 * head + 4)
+            want += torch.softmax(torch.stack([q[i, part] @ k[j, part] / 2 for j in points]), dim=0).detach() / 6
+    torch.testing.assert_close(found[0, :3], want)
+    torch.testing.assert_close(found[:, :4].sum(dim=1), mask[:, :4].any(dim=1).double())
+    torch.testing.assert_close(found[:, 4:].sum(dim=1), mask[:, 4:].any(dim=1).double())
+
+
 def mixture():
     torch.manual_seed(0)
     return MixtureOfExperts(6, 7).double(), torch.randn(4, 6).double(), torch.randn(4, 6).double()
@@ -155,31 +173,30 @@ def test_the_fusion_is_its_five_formulas():
 
 
 def fresh():
-    """An image encoder of timm's, a diagram encoder, and both fused."""
+    """An image encoder of timm's with a diagram encoder round it, and what was there before."""
     config = tiny.settings()
     torch.manual_seed(0)
-    image, points = backbones.build(config.encoder, config.intensity), TopologyEncoder(TINY, out=6, heads=2)
-    before = {**image.state_dict(), **points.state_dict(prefix="topology.")}
-    before = {name: tensor.clone() for name, tensor in before.items()}
-    return Fused(image, points, "small", 16, embed=6, out=7).eval(), before
+    image = backbones.build(config.encoder, config.intensity)
+    before = {name: tensor.clone() for name, tensor in image.state_dict().items()}
+    return Fused(image, Sight("small", 16)).eval(), before
 
 
 def test_zero_diagrams_make_topology_a_constant():
     fused, _ = fresh()
-    image, empty = torch.randn(4, 1, 16, 16), torch.zeros(4, 10, dtype=torch.bool)
-    t = fused.topology(torch.rand(4, 10, 2), empty)
+    image, empty = torch.randn(4, 1, 16, 16), torch.zeros(4, 72, dtype=torch.bool)
+    t = fused.topology(torch.rand(4, 72, 2), empty)
     assert torch.equal(t, t[:1].expand_as(t))
-    assert fused(image, torch.rand(4, 10, 2), empty).shape == (4, 7)
+    assert fused(image, torch.rand(4, 72, 2), empty).shape == (4, 512)
 
 
 def test_it_can_be_copied_after_use_in_double_precision_and_of_nothing():
     fused, _ = fresh()
     image = torch.rand(2, 1, 16, 16)
-    points, mask = torch.rand(2, 10, 2), torch.ones(2, 10, dtype=torch.bool)
+    points, mask = torch.rand(2, 72, 2), torch.ones(2, 72, dtype=torch.bool)
     fused(image, points, mask).sum().backward()
-    assert copy.deepcopy(fused)(image, points, mask).shape == (2, 7)
+    assert copy.deepcopy(fused)(image, points, mask).shape == (2, 512)
     config = tiny.settings()
-    whole = around(backbones.build(config.encoder, config.intensity), "small", 16).double().eval()
+    whole = around(backbones.build(config.encoder, config.intensity), Sight("small", 16)).double().eval()
     assert whole(image.double()).dtype == torch.float64
     assert whole(image[:0].double()).shape == (0, 512)
 
@@ -189,3 +206,13 @@ def test_nothing_that_was_there_is_initialised_again():
     state = fused.state_dict()
     assert before
     assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
+
+
+def test_the_diagram_alone_is_its_encoder():
+    config = tiny.settings()
+    alone = around(backbones.build(config.encoder, config.intensity), Sight("small", 16, sees="diagram")).eval()
+    assert isinstance(alone, DiagramAlone)
+    points, mask = torch.rand(3, 72, 2), torch.ones(3, 72, dtype=torch.bool)
+    found = alone(torch.rand(3, 1, 16, 16), points, mask)
+    assert torch.equal(found, alone.topology(points, mask))
+    assert found.shape == (3, alone.width) == (3, 256)

@@ -12,17 +12,20 @@ import kladi
 import tiny
 from kladi import commands, toy
 from kladi.data.load import load
-from kladi.data.views import bounded_pair
-from kladi.data.views.bounded import grey
+from kladi.data.views import bounded_pair, region
 from kladi.data.views.bounded_pair import BoundedPair, pictures, strengths_of
 from kladi.data.views.calibration import Range, Strengths
+from kladi.data.views.partners import partners
+from kladi.data.views.region import Looks
 from kladi.errors import UserError
 from kladi.evaluate.embed import Embeddings, embed
 from kladi.evaluate.evaluation import random_encoder
+from kladi.evaluate.record import shapes
 from kladi.learn import training
 from kladi.learn.console import Silent
 from kladi.learn.fit import fit
 from kladi.models import backbones, fused, heads
+from kladi.models.topology import EXPERTS
 from kladi.structure.topology import diagram
 
 SOME = {"noise": Range(0.04, 0.1, 0.9, 0.08, 10), "brightness": Range(0.05, 0.14, 1.0, 0.1, 10)}
@@ -30,6 +33,7 @@ STRONG = {"noise": Range(0.15, 0.2, 0.9, 0.2, 10), "gamma": Range(0.16, 0.24, 1.
 STRENGTHS = Strengths({"weak": SOME, "strong": STRONG}, 0)
 ON = {"topology__on": True, "topology__encoder": "small", "encoder__args": {"drop_rate": 0.2}}
 CPU = torch.device("cpu")
+ALONE = fused.Sight("small", 16, sees="diagram")
 
 
 @pytest.fixture(autouse=True)
@@ -58,11 +62,11 @@ def test_the_diagram_is_that_of_the_view_in_the_range_of_the_original():
     data = tiny.data()
     views = pair(data).views(np.arange(4), 0, CPU)
     config = tiny.settings(**ON)
-    x = pictures(data, np.arange(4), config.intensity).double().mean(dim=1).flatten(1)
-    low, high = x.amin(dim=1).numpy(), x.amax(dim=1).numpy()
+    x = pictures(data, np.arange(4), config.intensity).double().mean(dim=1).numpy()
     for view in views:
         seen = view.image * config.intensity.std[0] + config.intensity.mean[0]
-        for i, v in enumerate(grey(seen.double(), low, high)):
+        for i, (grey, before) in enumerate(zip(seen.double().mean(dim=1).numpy(), x, strict=True)):
+            v = np.clip((grey - before.min()) / (before.max() - before.min()), 0, 1)
             points, mask = diagram(v).tokens(4, 6)
             np.testing.assert_allclose(view.diagram.points[i], points, atol=1e-5)
             np.testing.assert_array_equal(view.diagram.mask[i], mask)
@@ -90,6 +94,41 @@ def test_only_the_flips_that_the_settings_allow(across, down, count):
         assert x[0].flip(2).contiguous().numpy().tobytes() in kinds
     if (across, down) == (0.0, 0.5):
         assert x[0].flip(1).contiguous().numpy().tobytes() in kinds
+
+
+def test_the_control_without_diagrams_has_the_same_pixels_and_no_point():
+    data = tiny.data()
+    own, none = (pair(data, topology__diagrams=word).views(np.arange(5), 2, CPU) for word in ("own", "none"))
+    for mine, bare in zip(own, none, strict=True):
+        assert torch.equal(mine.image, bare.image)
+        assert bare.diagram.mask.shape == mine.diagram.mask.shape
+        assert not bare.diagram.mask.any()
+        assert mine.diagram.mask.any()
+
+
+def test_the_control_with_others_diagrams_has_those_of_the_partners_views():
+    data = tiny.data()
+    of = partners(data.split, data.group, data.row_id)
+    rows = np.array([3, 11, 0])
+    shown = pair(data, topology__diagrams="another").views(rows, 1, CPU)
+    own = pair(data).views(of[rows], 1, CPU)
+    for mine, theirs, plain in zip(shown, own, pair(data).views(rows, 1, CPU), strict=True):
+        assert torch.equal(mine.diagram.points, theirs.diagram.points)
+        assert torch.equal(mine.image, plain.image)
+
+
+def test_a_region_is_looked_at_in_both_views_and_in_evaluation():
+    data = tiny.data()
+    whole, front = (pair(data, topology__region=word).views(np.arange(6), 1, CPU) for word in ("whole", "foreground"))
+    for one, other in zip(whole, front, strict=True):
+        assert not torch.equal(one.diagram.points, other.diagram.points)
+    config = tiny.settings(**ON, topology__region="foreground")
+    x = pictures(data, np.arange(6), config.intensity)
+    encoder = fused.fused(backbones.build(config.encoder, config.intensity), config.topology)
+    looks = Looks.of(x, 16, region.foregrounds(x))
+    seen = encoder.diagrams((x - config.intensity.mean[0]) / config.intensity.std[0])
+    for found, v in zip(seen, looks.v(x), strict=True):
+        np.testing.assert_allclose(found.h1, diagram(v).h1, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -136,14 +175,120 @@ def test_every_method_trains_with_topology(tmp_path, name):
     assert json.loads((tmp_path / "config.json").read_text())["num_features"] == plain.width
 
 
+def test_the_three_stages_hand_over_what_they_trained(tmp_path):
+    """Image encoder, then diagram encoder alone, then both: each stage begins with what those before it ended with."""
+    data, first, second = tiny.data(), tmp_path / "image", tmp_path / "diagram"
+    fit(data, tiny.settings(objective__name="byol", encoder__args={"drop_rate": 0.2}), first, progress=Silent())
+    alone = {**ON, "objective__name": "byol", "topology__sees": "diagram"}
+    fit(data, tiny.settings(**alone, init__weights=str(first)), second, progress=Silent())
+    image, both = kladi.load(first), kladi.load(second)
+    assert all(torch.equal(both.model.state_dict()[n], t) for n, t in image.model.state_dict().items())
+    found = embed(both, data, head=heads.load(second))
+    assert found.features.shape == (len(data), 256)
+    assert np.linalg.matrix_rank(found.features) > 1
+    config = tiny.settings(**ON, objective__name="byol", init__weights=str(second), topology__scale=0.4)
+    t = training.assemble(data, config, training.device(config.train))
+    for name, tensor in t.encoder.state_dict().items():
+        assert torch.equal(tensor, both.state_dict()[name]), name
+    assert all(p.requires_grad for p in t.encoder.parameters())
+    group = {id(p): g["scale"] for g in t.optimizer.param_groups for p in g["params"]}
+    parts = [(t.encoder.model, 1.0), (t.encoder.topology, 0.4), (t.encoder.mixture, 1.0), (t.objective.predictor, 1.0)]
+    assert all({group[id(p)] for p in part.parameters()} == {scale} for part, scale in parts)
+
+
+def test_the_diagram_stage_moves_the_diagram_encoder_alone(tmp_path):
+    data = tiny.data()
+    config = tiny.settings(**ON, objective__name="simclr", topology__sees="diagram")
+    t = training.assemble(data, config, training.device(config.train))
+    torch.manual_seed(training.seed_of(config.train.seed, "init"))
+    before = training.built_encoder(config).state_dict()
+    fit(data, config, tmp_path, progress=Silent())
+    after = kladi.load(tmp_path).state_dict()
+    moved = {name.split(".")[0] for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert moved == {"topology"}
+    assert {p.shape for p in t.encoder.parameters() if p.requires_grad} == {
+        p.shape for p in t.encoder.topology.parameters()
+    }
+
+
+@pytest.mark.parametrize("given", ["none", "another"])
+def test_the_controls_are_evaluated_as_they_were_trained(tmp_path, given):
+    data = tiny.data()
+    changes = {**ON, "objective__name": "simclr", "topology__diagrams": given, "train__epochs": 1}
+    fit(data, tiny.settings(**changes), tmp_path, progress=Silent())
+    encoder = kladi.load(tmp_path)
+    found = embed(encoder, data).features
+    x = pictures(data, np.arange(len(data)), encoder.intensity)
+    x = (x - encoder.intensity.mean[0]) / encoder.intensity.std[0]
+    if given == "none":
+        assert not encoder.tokens(x)[1].any()
+        wanted = encoder(x)
+    else:
+        order = partners(data.split, data.group, data.row_id)
+        wanted = encoder(x, *encoder.tokens(x[torch.from_numpy(order)]))
+        assert not np.allclose(found, encoder(x).detach().numpy(), atol=1e-4)
+    np.testing.assert_allclose(found, wanted.detach().numpy(), atol=1e-5)
+
+
+def test_what_topology_saw_is_kept_of_the_images_of_the_map():
+    data = tiny.data()
+    config = tiny.settings(**ON)
+    encoder = fused.fused(backbones.build(config.encoder, config.intensity), config.topology)
+    own, rows = embed(encoder, data), np.arange(30)[::-1]
+    visible = rows % 3 > 0
+    found = shapes.of(encoder, data, own, rows, visible)
+    assert found["experts"]["n"]["all"] == 30
+    assert sum(found["experts"]["n"].values()) == 30 + int((data.target[rows] >= 0).sum())
+    for gates in found["experts"]["groups"].values():
+        assert sum(gates) == pytest.approx(1, abs=1e-3)
+    assert len(found["images"]) == shapes.EXAMPLES
+    assert len({image["label"] for image in found["images"]}) > 1
+    assert {image["thumbnail"] for image in found["images"]} < set(range(int(visible.sum())))
+    for image in found["images"]:
+        where = rows[np.flatnonzero(visible)[image["thumbnail"]]]
+        assert data.taxonomy.names[data.target[where]] == image["label"]
+        (mine,) = encoder.diagrams(_plain(data, [where], encoder.intensity))
+        np.testing.assert_allclose([birth for birth, _, _ in image["h0"]], mine.h0[:24, 0], atol=1e-4)
+        assert sum(share for _, _, share in image["h1"]) == pytest.approx(float(bool(image["h1"])), abs=0.01)
+    assert 0 < found["persistence"]["all"] < 1
+    assert "experts" not in shapes.of(
+        fused.around(backbones.build(config.encoder, config.intensity), ALONE), data, own, rows, visible
+    )
+    assert shapes.of(backbones.build(config.encoder, config.intensity), data, own, rows, visible) == {}
+
+
+def _plain(data, rows, intensity):
+    x = pictures(data, np.array(rows), intensity)
+    return (x - intensity.mean[0]) / intensity.std[0]
+
+
 def test_a_run_with_topology_goes_on_to_the_same_bits(tmp_path):
     data, changes = tiny.data(), {**ON, "objective__name": "dino"}  # of all methods the one with most to keep
     fit(data, tiny.settings(**changes), tmp_path / "whole", progress=Silent())
     fit(data, tiny.settings(**changes, train__max_steps=4), tmp_path / "cut", progress=Silent())
-    fit(data, tiny.settings(**changes), tmp_path / "cut", resume=True, progress=Silent())
+    with pytest.MonkeyPatch.context() as patch:  # measured otherwise now: the run keeps its own
+        patch.setattr("kladi.learn.training.strengths_of", None)
+        fit(data, tiny.settings(**changes), tmp_path / "cut", resume=True, progress=Silent())
     for file in ("model.safetensors", "head.safetensors"):
         whole, cut = load_file(tmp_path / "whole" / file), load_file(tmp_path / "cut" / file)
         assert all(torch.equal(cut[key], value) for key, value in whole.items())
+
+
+def test_a_run_that_has_lost_its_strengths_does_not_go_on(tmp_path):
+    fit(tiny.data(), tiny.settings(**ON, train__max_steps=2), tmp_path, progress=Silent())
+    (tmp_path / "strengths.json").write_text("{}")
+    with pytest.raises(UserError, match=r"strengths.json: missing or damaged; start anew"):
+        fit(tiny.data(), tiny.settings(**ON), tmp_path, resume=True, progress=Silent())
+
+
+def test_gates_are_logged_while_training(tmp_path):
+    fit(tiny.data(), tiny.settings(**ON, objective__name="byol"), tmp_path, progress=Silent())
+    (look,) = [
+        line for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()) if "rank" in line
+    ]
+    gates = [look[f"gate {name}"] for name in EXPERTS]
+    assert sum(gates) == pytest.approx(1, abs=1e-6)
+    assert look["gate entropy"] == pytest.approx(-sum(g * np.log(g) for g in gates), abs=1e-6)
 
 
 def test_a_run_with_topology_is_a_beginning_for_another(tmp_path):
@@ -165,7 +310,9 @@ def test_a_run_with_topology_is_a_beginning_for_another(tmp_path):
         training.assemble(data, other, training.device(other.train))
 
 
-@pytest.mark.parametrize("damaged", ["small", [], {"size": "small"}, {"size": "big", "side": 16, "features": 512}])
+@pytest.mark.parametrize(
+    "damaged", ["small", [], {"size": "small"}, {"size": "big", "side": 16}, {"size": "small", "side": 16, "sees": "x"}]
+)
 def test_a_damaged_description_is_refused(tmp_path, damaged):
     fit(tiny.data(), tiny.settings(**ON, objective__name="simclr", train__epochs=1), tmp_path, progress=Silent())
     config = json.loads((tmp_path / "config.json").read_text())
@@ -228,7 +375,7 @@ def test_every_part_of_the_fused_encoder_learns(tmp_path):
 
 
 def test_bounded_views_alone_are_a_control(tmp_path):
-    fit(tiny.data(), tiny.settings(**ON, topology__fuse=False, objective__name="simclr"), tmp_path, progress=Silent())
+    fit(tiny.data(), tiny.settings(**ON, topology__sees="image", objective__name="simclr"), tmp_path, progress=Silent())
     assert type(fused.load(tmp_path)) is backbones.Encoder
     said = "topology   no diagrams; weak views by 2 operations, strong views by 2 operations"
     assert said in (tmp_path / "log.txt").read_text()
@@ -238,7 +385,7 @@ def test_called_with_an_image_it_makes_the_diagram_itself():
     config = tiny.settings(**ON)
     encoder = fused.fused(backbones.build(config.encoder, config.intensity), config.topology).eval()
     image = torch.rand(3, 1, 16, 16)
-    points, mask = encoder.tokens(encoder.diagrams(image), CPU)
+    points, mask = encoder.tokens(image)
     assert torch.equal(encoder(image), encoder(image, points, mask))
     assert mask.any(dim=1).all()
     assert not torch.equal(encoder(image), encoder(image, points, torch.zeros_like(mask)))
@@ -250,6 +397,6 @@ def test_called_with_an_image_it_makes_the_diagram_itself():
 def test_sizes_follow_the_image_encoder():
     config = tiny.settings(**{**ON, "topology__encoder": "auto"})
     small = fused.fused(backbones.build(config.encoder, config.intensity), config.topology)
-    assert small.size == "small"
+    assert small.sight.size == "small"
     assert fused.side_of(config.topology, 224) == 112
     assert fused.side_of(config.topology, 64) == 64

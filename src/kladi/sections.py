@@ -155,6 +155,8 @@ class Train:
     """adamw or sgd."""
     lr: float = 1e-3
     """Peak learning rate; linear warm-up, then cosine to zero."""
+    encoder_scale: float = 1.0
+    """Factor on the learning rate of the image encoder, e.g. below 1 where it was trained before."""
     weight_decay: float = 0.05
     """On weight matrices; biases and normalisations have none."""
     momentum: float = 0.9
@@ -201,12 +203,18 @@ class Topology:
 
     on: bool = False
     """Fuse diagrams into the encoder, and train on pairs of views whose change of topology is bounded."""
-    fuse: bool = True
-    """With `on`: whether diagrams reach the encoder; false: bounded views alone, a control."""
+    sees: typing.Literal["both", "image", "diagram"] = "both"
+    """What the encoder looks at: image and diagram; the image alone, a control; or the diagram alone, a first stage."""
+    diagrams: typing.Literal["own", "none", "another"] = "own"
+    """Whose diagrams it is given: the image's own; none, or those of another patient's image, two controls."""
+    scale: float = 1.0
+    """Factor on the learning rate of the diagram encoder, e.g. below 1 where it was trained before."""
     encoder: typing.Literal["auto", "paper", "small"] = "auto"
     """Size of the diagram encoder; auto: paper for 1,000 features and 128 px on, else small."""
     side: int = 0
     """Side of the square that diagrams are made of, pixels; 0: that of the image, at most 112."""
+    region: typing.Literal["whole", "foreground"] = "whole"
+    """Where in an image its diagram is made: everywhere, or in the thing in front of its ground, by grey level."""
     calibration: int = 128
     """Training images that the strengths of the bounded views are measured on, one a patient."""
 
@@ -254,6 +262,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "intensity.low": (0, 100),
     "intensity.high": (0, 100),
     "encoder.projector": (1, 2**20),
+    "train.encoder_scale": (0, 1e6),
+    "topology.scale": (0, 1e6),
     "train.chunk": (0, 2**20),
     "train.per_label": (0, 2**20),
     "train.devices": (1, 4096),

@@ -21,8 +21,10 @@ from torch import nn
 from kladi import config as settings
 from kladi.data.dataset import Dataset
 from kladi.data.views import augment
+from kladi.data.views.partners import partners
 from kladi.errors import UserError
 from kladi.evaluate.record.files import write_private
+from kladi.models.fused import Fused
 from kladi.structure.taxonomy import Taxonomy
 
 FORMAT, VERSION = "kladi-embeddings", 1
@@ -132,7 +134,8 @@ def embed(
     device: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> Embeddings:
-    """Run every image of the data set through the encoder, once.
+    """Run every image of the data set through the encoder, once. One that was trained with the diagrams of other images
+    is given those of the same others.
 
     Args:
         encoder: float[B, C, H, W] -> [B, F]; put into evaluation mode for the while, and left on `device`.
@@ -151,6 +154,8 @@ def embed(
         raise UserError("this encoder carries no intensity pipeline; give embed(..., intensity=) that of its training")
     place = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     n = len(dataset)
+    shown = encoder if isinstance(encoder, Fused) and encoder.sight.given == "another" else None
+    other = partners(dataset.split, dataset.group, dataset.row_id) if shown else np.arange(n)
     features: list[np.ndarray] = []
     outputs: list[np.ndarray] = []
     modules = [encoder] + ([head] if head is not None else [])
@@ -161,8 +166,10 @@ def embed(
         with torch.inference_mode():
             for start in range(0, n, batch):
                 index = np.arange(start, min(start + batch, n))
-                pixels = torch.as_tensor(dataset.store.gather(index)).to(place)
-                found = encoder(augment.plain(pixels, dataset.store.extent[index], pipeline)).float()
+                given = [_images(dataset, index, pipeline, place)]
+                if shown is not None:
+                    given += shown.tokens(_images(dataset, other[index], pipeline, place))
+                found = encoder(*given).float()
                 features.append(found.cpu().numpy())
                 if head is not None:
                     outputs.append(head(found).float().cpu().numpy())
@@ -172,6 +179,13 @@ def embed(
         for module, was_training in zip(modules, training, strict=True):
             module.train(was_training)
     return describe(dataset, _stacked(features, dataset), z=_stacked(outputs, dataset) if head is not None else None)
+
+
+def _images(
+    dataset: Dataset, rows: Int[np.ndarray, " b"], intensity: settings.Intensity, device: torch.device
+) -> Float32[torch.Tensor, "b C S S"]:
+    pixels = torch.as_tensor(dataset.store.gather(rows)).to(device)
+    return augment.plain(pixels, dataset.store.extent[rows], intensity)
 
 
 def describe(

@@ -33,7 +33,7 @@ from kladi.evaluate.measure import Measured, Method, measure, parts_of
 from kladi.evaluate.pretraining import Pretraining
 from kladi.evaluate.protocol import Protocol
 from kladi.evaluate.readouts.regimes import Part
-from kladi.evaluate.record import account, atlas, figures, results
+from kladi.evaluate.record import account, atlas, figures, results, shapes
 from kladi.evaluate.record.account import Subject
 from kladi.evaluate.record.files import write_private
 from kladi.evaluate.record.results import Row
@@ -115,7 +115,8 @@ def evaluate(
         drawn = cost.stage("bootstrap", lambda: _drawn(measured, plan, parts, config))
     _write_predictions(out / "predictions.npz", measured, own)
     say("map        at most 2,000 images")
-    cost.stage("map", lambda: atlas.write(own, dataset, out, seed=config.evaluate.seed, kind=map_kind))
+    drawn_map = cost.stage("map", lambda: atlas.write(own, dataset, out, seed=config.evaluate.seed, kind=map_kind))
+    visible = atlas.shown(own, drawn_map.rows)
     rows = [row for one in measured for row in one.rows]
     content = results.assemble(
         rows,
@@ -130,6 +131,7 @@ def evaluate(
         figures={
             **_figures(measured, methods, plan, parts, drawn, encoder, cost),
             "ball": figures.ball(own, encoder.about.space),
+            "shapes": shapes.of(encoder.module, dataset, own, drawn_map.rows, visible),
         },
     )
     return results.write(content, out)
@@ -171,7 +173,7 @@ def random_encoder(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # forked above: seeds nothing beyond this block
         plain = backbones.build(architecture, intensity)
-        whole = fused.around(plain, like.size, like.side) if isinstance(like, fused.Fused) else plain
+        whole = fused.around(plain, like.sight) if isinstance(like, fused.Fused) else plain
         return whole.eval()
 
 

@@ -92,7 +92,7 @@ def fit(
         torch.manual_seed(seed_of(config.train.seed, "init"))
         goes_on = resume and checkpoint.exist(run)  # a run that was stopped before its first checkpoint begins again
         # Nothing is written before all of this stands.
-        t = training.assemble(dataset, config, fabric, progress.say, fresh=not goes_on)
+        t = training.assemble(dataset, config, fabric, progress.say, before=run if goes_on else None)
         if ranks.follows(config.train):
             with signals.heard() as requests, _worded(run, config):
                 _follow(t, run, goes_on, requests)
@@ -122,6 +122,7 @@ def fit(
                 if found is None:
                     if resume and run_folder.begun(run):
                         log.say("notice", "stopped before its first checkpoint; starting at step 0")
+                    training.keep_strengths(t, run)
                     run_folder.begin(run, config, dataset, notes or {}, fabric.device)
                 else:
                     _go_on(t, run, found, log)
@@ -187,7 +188,7 @@ def _step(t: Training, batch: Batch, run: Path, waited: float) -> dict[str, Any]
     start, train, epoch = time.monotonic(), t.config.train, t.epoch
     rate = learning_rate(t.step, t.steps, train.lr, train.warmup)
     for group in t.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["scale"]
     t.objective.before_step(Progress(t.step, t.steps, epoch - 1))
     terms = gradient_cache.backward(t.objective, batch, t.fabric, _noise(t), train.chunk)
     loss = t.objective.total(terms)
@@ -248,12 +249,14 @@ def _end_epoch(t: Training, rows: Int[np.ndarray, " m"], journal: Journal, log: 
 
 def _look(t: Training, rows: Int[np.ndarray, " m"]) -> dict[str, Any]:
     """How the embedding fills its space now, as a line of the journal."""
-    z = monitors.embeddings(t.encoder, t.objective.projector, t.dataset, rows, t.config.intensity, t.fabric.device)
+    z, leaning = monitors.embeddings(
+        t.encoder, t.objective.projector, t.dataset, rows, t.config.intensity, t.fabric.device
+    )
     t.spread = monitors.spread(z)
     t.low = t.low + 1 if t.spread.collapsed else 0
     epoch = -(-t.step // t.loader.steps)
     alarm = t.low >= monitors.IN_A_ROW
-    found = {"std": t.spread.std, "rank": t.spread.rank, **t.objective.learned()}
+    found = {"std": t.spread.std, "rank": t.spread.rank, **leaning, **t.objective.learned()}
     return {"step": t.step, "epoch": epoch, **found, "alarm": alarm}
 
 
@@ -270,7 +273,7 @@ def _not_finite(t: Training, batch: Batch, terms: Mapping[str, Tensor], norm: Te
         found = diagnosis.examine(
             t.objective, batch, t.dataset, terms, torch.tensor(math.nan) if norm is None else norm
         )
-    lr = t.optimizer.param_groups[0]["lr"]
+    lr = learning_rate(t.step, t.steps, t.config.train.lr, t.config.train.warmup)
     file = diagnosis.write(run, t.step + 1, {"epoch": t.epoch, "lr": lr, **found})
     return RunStopped(f"step {t.step + 1:,}: {diagnosis.sentence(found)}; details in {file.name}")
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from kladi import config as settings
 from kladi.data.dataset import TRAIN, Dataset
 from kladi.data.views import augment, philox
+from kladi.models.fused import Fused
+from kladi.models.topology import EXPERTS
 
 ROWS = 512
 LEAST_RANK, LEAST_STD = 2.0, 0.05
@@ -69,17 +71,28 @@ def embeddings(
     intensity: settings.Intensity,
     device: torch.device,
     batch: int = 128,
-) -> Float[Tensor, "m D"]:
-    """z of whole, unaugmented images in evaluation mode; the modules' own modes are restored."""
+) -> tuple[Float[Tensor, "m D"], dict[str, float]]:
+    """z of whole, unaugmented images in evaluation mode, and what `leaning` says of these; the modules' own modes are
+    restored."""
     modules = (encoder, projector)
     training = [module.training for module in modules]
     for module in modules:
         module.eval()
-    parts = []
+    parts: list[Tensor] = []
+    gates: list[Tensor] = []
     for start in range(0, len(rows), batch):
         index = rows[start : start + batch]
         pixels = torch.from_numpy(dataset.store.gather(index)).to(device)
         parts.append(projector(encoder(augment.plain(pixels, dataset.store.extent[index], intensity))).float().cpu())
+        if isinstance(encoder, Fused) and encoder.mixture.gate is not None:
+            gates.append(encoder.mixture.gate.float().cpu())
     for module, was_training in zip(modules, training, strict=True):
         module.train(was_training)
-    return torch.cat(parts)
+    return torch.cat(parts), leaning(torch.cat(gates)) if gates else {}
+
+
+def leaning(gates: Float[Tensor, "m E"]) -> dict[str, float]:
+    """How much a mixture leans on each of its experts: the mean gate, and the entropy of that mean in nats."""
+    mean = gates.double().mean(dim=0)
+    entropy = float(-torch.special.xlogy(mean, mean).sum())
+    return {**{f"gate {name}": float(x) for name, x in zip(EXPERTS, mean, strict=True)}, "gate entropy": entropy}

@@ -21,7 +21,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from kladi import config as settings
 from kladi.data.dataset import Dataset
-from kladi.data.views.bounded_pair import BoundedPair, strengths_of
+from kladi.data.views.bounded_pair import BoundedPair, read_strengths, strengths_of, written
 from kladi.data.views.loader import Loader
 from kladi.errors import UserError, suggestion
 from kladi.learn import checkpoint, monitors, objectives, presets, ranks, run_folder, state
@@ -30,11 +30,12 @@ from kladi.models import backbones, weights
 from kladi.models.backbones import Match
 from kladi.models.fused import Fused, fused, load_weights, side_of
 from kladi.models.heads import Projector
-from kladi.models.topology import SIZES
 from kladi.structure.topology import diagram
 
 VIEWS = 2
 PRECISIONS = ("32-true", "bf16-mixed")
+STRENGTHS = "strengths.json"
+"""In a run with topology: how strong its views are, as they were measured before the first step."""
 MOVING_COPY = "target."
 """Of the state: what a checkpoint keeps and a finished run does not."""
 
@@ -86,13 +87,13 @@ def assemble(
     fabric: Fabric,
     say: Callable[[str, str], None] | None = None,
     *,
-    fresh: bool = True,
+    before: Path | None = None,
 ) -> Training:
     """Encoder, projector, objective, optimiser and loader; fresh weights from torch's current generator.
 
     Args:
         say: told of what takes a while.
-        fresh: whether `init.weights` are read; not where a checkpoint takes their place.
+        before: the run that goes on: its checkpoint takes the place of `init.weights`, and its strengths are used.
 
     Raises:
         UserError: whatever is wrong with the configuration, or with the data for this objective.
@@ -100,7 +101,7 @@ def assemble(
     check(config.train)
     encoder = built_encoder(config)
     # Before the objective is built: what follows the encoder begins as its copy.
-    match = load_weights(encoder, config.init.weights) if fresh and config.init.weights else None
+    match = load_weights(encoder, config.init.weights) if before is None and config.init.weights else None
     projector = Projector(encoder.width, *config.encoder.projector)
     facts = Facts.of(dataset)
     objective = presets.build(config.objective.name, config.objective.args, facts, encoder, projector)
@@ -109,8 +110,8 @@ def assemble(
         objective = convert_sync_batchnorm(objective)  # torch has none for the CPU: there each process has its own
     loader = Loader(dataset, config, VIEWS, fabric.device, rank=fabric.global_rank, world=fabric.world_size)
     _require_images(objective.least, loader, config)
-    loader.bounded = _bounded(dataset, config, encoder, say)
-    optimizer = optimizer_of(objective, config.train)
+    loader.bounded = _bounded(dataset, config, encoder, say, before)
+    optimizer = optimizer_of(objective, config.train, config.topology.scale)
     digest = run_folder.digest(dataset)
     return Training(config, dataset, fabric, encoder, objective, optimizer, loader, digest, match)
 
@@ -132,19 +133,24 @@ def _require_images(least: int, loader: Loader, config: settings.Config) -> None
 def built_encoder(config: settings.Config) -> backbones.Encoder:
     """A fresh encoder, with a diagram encoder round it where topology is fused."""
     encoder = backbones.build(config.encoder, config.intensity)
-    return fused(encoder, config.topology) if config.topology.on and config.topology.fuse else encoder
+    return fused(encoder, config.topology) if config.topology.on and config.topology.sees != "image" else encoder
 
 
 def _bounded(
-    dataset: Dataset, config: settings.Config, encoder: backbones.Encoder, say: Callable[[str, str], None] | None
+    dataset: Dataset,
+    config: settings.Config,
+    encoder: backbones.Encoder,
+    say: Callable[[str, str], None] | None,
+    before: Path | None,
 ) -> BoundedPair | None:
     """Where views come from if topology is on."""
     if not config.topology.on:
         return None
     diagram(np.zeros((1, 1)))  # whether the package is there, before anything is measured
     side = side_of(config.topology, config.intensity.size)
-    tokens = (SIZES[encoder.size].k0, SIZES[encoder.size].k1) if isinstance(encoder, Fused) else None
-    return BoundedPair(dataset, config, strengths_of(dataset, config, side, say), side, tokens)
+    tokens = encoder.sight.tokens if isinstance(encoder, Fused) else None
+    strengths = read_strengths(before / STRENGTHS) if before else strengths_of(dataset, config, side, say)
+    return BoundedPair(dataset, config, strengths, side, tokens)
 
 
 def check(train: settings.Train) -> None:
@@ -170,16 +176,21 @@ def check(train: settings.Train) -> None:
         raise UserError('--train.tensorboard needs a package: pip install "kladi[tensorboard]"')
 
 
-def optimizer_of(objective: torch.nn.Module, train: settings.Train) -> Optimizer:
-    """AdamW or SGD, without weight decay on biases and normalisations, which are vectors."""
-    parameters = [p for p in objective.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": train.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+def optimizer_of(objective: torch.nn.Module, train: settings.Train, topology_scale: float = 1.0) -> Optimizer:
+    """AdamW or SGD, without weight decay on biases and normalisations, which are vectors.
+
+    A group's `scale` is its factor on the learning rate: that of the image encoder, of the diagram encoder, or 1.
+    """
+    scales = {"encoder.model.": train.encoder_scale, "encoder.topology.": topology_scale}
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in objective.named_parameters():
+        if parameter.requires_grad:
+            scale = next((scale for prefix, scale in scales.items() if name.startswith(prefix)), 1.0)
+            groups.setdefault((scale, train.weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+    said = [{"params": some, "scale": scale, "weight_decay": decay} for (scale, decay), some in groups.items()]
     if train.optimizer == "sgd":
-        return SGD(groups, lr=train.lr, momentum=train.momentum)
-    return AdamW(groups, lr=train.lr)
+        return SGD(said, lr=train.lr, momentum=train.momentum)
+    return AdamW(said, lr=train.lr)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -230,6 +241,12 @@ def device(train: settings.Train) -> Fabric:
     if nodes == 1 and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the processes of one machine need no network
     return Fabric(accelerator=kind, devices=devices, num_nodes=nodes, strategy="ddp", precision=precision)
+
+
+def keep_strengths(t: Training, run: Path) -> None:
+    """Into the run folder, for its whole life."""
+    if t.loader.bounded is not None:
+        weights.write(run / STRENGTHS, written(t.loader.bounded.strengths))
 
 
 def snapshot(t: Training) -> checkpoint.Snapshot:

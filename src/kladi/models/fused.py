@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from typing_extensions import override
 
 from kladi import config as settings
 from kladi.data.views.batch import Diagrams
-from kladi.data.views.bounded import grey, shrunk
+from kladi.data.views.region import Looks, masks
 from kladi.errors import UserError
 from kladi.models import backbones, weights
 from kladi.models.backbones import Encoder, Match
@@ -26,6 +29,37 @@ LARGE = (1000, 128)
 """Features and pixels from which on the paper's diagram encoder costs little beside the image's."""
 
 
+EMBED, OUT = 256, 512
+"""Lengths of what each of the two encoders gives, and of their mixture."""
+SEEN, GIVEN, REGIONS = ("both", "diagram"), ("own", "none", "another"), ("whole", "foreground")
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What a fused encoder looks at.
+
+    size: name in `SIZES`, of the diagram encoder. side: of the square that diagrams are made of. sees: "both" the image
+    and its diagram, or the "diagram" alone. given: whose diagrams it is trained with: the image's "own", "none", or
+    those of "another" image. region: of the image that its diagram is made of, "whole" or "foreground".
+    """
+
+    size: str
+    side: int
+    sees: str = "both"
+    given: str = "own"
+    region: str = "whole"
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Points of H0 and of H1 that are kept of a diagram."""
+        return SIZES[self.size].k0, SIZES[self.size].k1
+
+    @property
+    def width(self) -> int:
+        """Of the representation."""
+        return EMBED if self.sees == "diagram" else OUT
+
+
 class Fused(Encoder):
     """What an image encoder sees and what its diagram encoder sees, mixed by five experts.
 
@@ -34,20 +68,16 @@ class Fused(Encoder):
 
     Args:
         encoder: of the image, F features.
-        topology: of the diagram, `embed` features.
-        size: name in `SIZES`, of `topology`.
-        side: of the square that diagrams are made of.
-        embed, out: of the mixture.
+        sight: what is looked at.
     """
 
-    def __init__(
-        self, encoder: Encoder, topology: TopologyEncoder, size: str, side: int, *, embed: int = 256, out: int = 512
-    ) -> None:
-        super().__init__(encoder.model, out, encoder.architecture, encoder.intensity)
+    def __init__(self, encoder: Encoder, sight: Sight) -> None:
+        super().__init__(encoder.model, sight.width, encoder.architecture, encoder.intensity)
         self.features = encoder.width
-        self.topology, self.size, self.side = topology, size, side
-        self.visual = three_layers(encoder.width, 2 * embed, embed)
-        self.mixture = MixtureOfExperts(embed, out)
+        self.sight = sight
+        self.topology = TopologyEncoder(SIZES[sight.size], out=EMBED)
+        self.visual = three_layers(encoder.width, 2 * EMBED, EMBED)
+        self.mixture = MixtureOfExperts(EMBED, OUT)
 
     @override
     def forward(
@@ -57,25 +87,51 @@ class Fused(Encoder):
         mask: Bool[Tensor, "B k"] | None = None,
     ) -> Float[Tensor, "B F"]:
         if points is None or mask is None:
-            points, mask = self.tokens(self.diagrams(image), image.device)
+            points, mask = self.tokens(image)
+        return self.fuse(image, points, mask)
+
+    def fuse(
+        self, image: Float[Tensor, "B C H W"], points: Float[Tensor, "B k 2"], mask: Bool[Tensor, "B k"]
+    ) -> Float[Tensor, "B F"]:
+        """Image and diagram to one vector."""
         return self.mixture(self.visual(super().forward(image)), self.topology(points, mask))
+
+    def tokens(self, image: Float[Tensor, "B C H W"]) -> tuple[Tensor, Tensor]:
+        """Points [B, k, 2], in the precision of the diagram encoder, and mask bool[B, k], of these images' diagrams; no
+        point where the encoder was trained without."""
+        none = self.sight.given == "none"
+        diagrams = [Diagram.empty()] * len(image) if none else self.diagrams(image)
+        found = Diagrams.of(diagrams, *self.sight.tokens)
+        return found.points.to(image.device, next(self.topology.parameters()).dtype), found.mask.to(image.device)
 
     def diagrams(self, image: Float[Tensor, "B C H W"]) -> list[Diagram]:
         """Of images as the encoder sees them, each normalised by its own range."""
         mean, std = (torch.tensor(x).view(1, -1, 1, 1) for x in (self.intensity.mean, self.intensity.std))
-        x = shrunk(image.detach().cpu().double() * std + mean, self.side)  # some devices have no float64
-        level = x.mean(dim=1).flatten(1)
-        return [diagram(v) for v in grey(x, level.amin(dim=1).numpy(), level.amax(dim=1).numpy())]
-
-    def tokens(self, diagrams: list[Diagram], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Points [B, k, 2], in the precision of the diagram encoder, and mask bool[B, k]."""
-        sizes, dtype = SIZES[self.size], next(self.topology.parameters()).dtype
-        found = Diagrams.of(diagrams, sizes.k0, sizes.k1)
-        return found.points.to(device, dtype), found.mask.to(device)
+        x = image.detach().cpu() * std + mean
+        return [diagram(v) for v in Looks.of(x, self.sight.side, masks(x, self.sight.region)).v(x)]
 
     def description(self) -> dict[str, Any]:
         """What `load` needs to build it again."""
-        return {"size": self.size, "side": self.side, "features": self.width}
+        return dataclasses.asdict(self.sight)
+
+
+class DiagramAlone(Fused):
+    """The diagram encoder alone, as the stage before the joint one trains it: its vector is the representation.
+
+    The image encoder, its projection and the mixture are carried along untouched, so that the joint stage can begin
+    with this run and finds the image encoder that this one began with.
+    """
+
+    def __init__(self, encoder: Encoder, sight: Sight) -> None:
+        super().__init__(encoder, sight)
+        for part in (self.model, self.visual, self.mixture):
+            part.requires_grad_(False)
+
+    @override
+    def fuse(
+        self, image: Float[Tensor, "B C H W"], points: Float[Tensor, "B k 2"], mask: Bool[Tensor, "B k"]
+    ) -> Float[Tensor, "B F"]:
+        return self.topology(points, mask)
 
 
 def side_of(topology: settings.Topology, size: int) -> int:
@@ -88,12 +144,12 @@ def fused(encoder: Encoder, topology: settings.Topology) -> Fused:
     size = encoder.intensity.size
     large = encoder.width >= LARGE[0] and size >= LARGE[1]
     name = topology.encoder if topology.encoder != "auto" else ("paper" if large else "small")
-    return around(encoder, name, side_of(topology, size))
+    return around(encoder, Sight(name, side_of(topology, size), topology.sees, topology.diagrams, topology.region))
 
 
-def around(encoder: Encoder, size: str, side: int) -> Fused:
-    """The same by the name of its size and the side of its diagrams."""
-    return Fused(encoder, TopologyEncoder(SIZES[size]), size, side)
+def around(encoder: Encoder, sight: Sight) -> Fused:
+    """The same where it is known what it looks at."""
+    return (DiagramAlone if sight.sees == "diagram" else Fused)(encoder, sight)
 
 
 def load(run: str | Path) -> Encoder:
@@ -111,7 +167,7 @@ def load(run: str | Path) -> Encoder:
     if described is None:
         return encoder
     with torch.random.fork_rng(devices=[]):  # as for the image encoder
-        whole = around(encoder, described["size"], described["side"])
+        whole = around(encoder, described)
     _fill(whole, Path(run))
     return whole.eval()
 
@@ -126,14 +182,14 @@ def load_weights(encoder: Encoder, path: str | Path) -> Match:
     if isinstance(encoder, Fused) and run.is_dir():
         described = description(run)
         if described is not None:
-            if described["size"] != encoder.size:
-                raise UserError(f'{run}: its diagram encoder is "{described["size"]}", not "{encoder.size}"')
+            if described.size != encoder.sight.size:
+                raise UserError(f'{run}: its diagram encoder is "{described.size}", not "{encoder.sight.size}"')
             _fill(encoder, run)
     return match
 
 
-def description(run: Path) -> dict[str, Any] | None:
-    """What a run says of its diagram encoder; None where it has none.
+def description(run: Path) -> Sight | None:
+    """What a run with topology looks at; None for another run.
 
     Raises:
         UserError: it cannot be built so.
@@ -143,10 +199,12 @@ def description(run: Path) -> dict[str, Any] | None:
     found = json.loads((run / "config.json").read_text(encoding="utf-8")).get("kladi", {}).get("topology")
     if found is None:
         return None
-    numbers = [found.get(key) for key in ("side", "features")] if isinstance(found, dict) else []
-    if not numbers or found.get("size") not in SIZES or not all(isinstance(n, int) and n > 0 for n in numbers):
-        raise UserError(f"{run}/config.json: its diagram encoder is described as {found}; the run is damaged")
-    return found
+    with contextlib.suppress(TypeError, AttributeError):  # no table, or other keys than a Sight's
+        sight = Sight(**found)
+        good = isinstance(sight.side, int) and sight.side > 0 and sight.sees in SEEN and sight.given in GIVEN
+        if good and sight.region in REGIONS and sight.size in SIZES:
+            return sight
+    raise UserError(f"{run}/config.json: its diagram encoder is described as {found}; the run is damaged")
 
 
 def _fill(whole: Fused, run: Path) -> None:

@@ -156,8 +156,8 @@ def load(run: str | Path) -> Projector | None:
     if not file.is_file():
         return None
     described = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
-    fused = description(Path(run))
-    width = fused["features"] if fused else described["num_features"]
+    sight = description(Path(run))
+    width = sight.width if sight else described["num_features"]
     hidden, dim = described["kladi"]["projector"]
     form = described["kladi"].get("projector_form", "plain")
     if not isinstance(form, str) or form not in FORMS:

@@ -72,16 +72,27 @@ class TopologyEncoder(nn.Module):
 
     @override
     def forward(self, tokens: Float[Tensor, "B k 2"], mask: Bool[Tensor, "B k"]) -> Float[Tensor, "B out"]:
-        k0 = self.k0
-        kind = functional.one_hot((torch.arange(mask.shape[1], device=mask.device) >= k0).long(), 2).to(tokens.dtype)
-        points = torch.cat([tokens, kind.expand(len(tokens), -1, -1)], dim=2)
-        h = self.point(points.where(mask[..., None], 0.0))
-        h0, h1, m0, m1 = h[:, :k0], h[:, k0:], mask[:, :k0], mask[:, k0:]
+        h0, h1, m0, m1 = self._points(tokens, mask)
         h0 = h0 + self.residual * self.within0(h0, h0, m0)
         h1 = h1 + self.residual * self.within1(h1, h1, m1)
         x = torch.cat([self.from0(h0, h1, m1), self.from1(h1, h0, m0)], dim=1)
         pooled = [part for values, which in ((h0, m0), (h1, m1), (x, mask)) for part in _pooled(values, which)]
         return self.head(torch.cat(pooled, dim=1))
+
+    @torch.no_grad()
+    def attended(self, tokens: Float[Tensor, "B k 2"], mask: Bool[Tensor, "B k"]) -> Float[Tensor, "B k"]:
+        """Share of the attention within its dimension that each point receives, mean over points that ask and heads:
+        the points of a dimension share one, what the mask calls none has zero."""
+        h0, h1, m0, m1 = self._points(tokens, mask)
+        return torch.cat([self.within0.shares(h0, m0), self.within1.shares(h1, m1)], dim=1)
+
+    def _points(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Each point by itself: of H0 [B, k0, w], of H1 [B, k1, w], and their masks."""
+        k0 = self.k0
+        kind = functional.one_hot((torch.arange(mask.shape[1], device=mask.device) >= k0).long(), 2).to(tokens.dtype)
+        points = torch.cat([tokens, kind.expand(len(tokens), -1, -1)], dim=2)
+        h = self.point(points.where(mask[..., None], 0.0))
+        return h[:, :k0], h[:, k0:], mask[:, :k0], mask[:, k0:]
 
 
 class MaskedAttention(nn.Module):
@@ -98,14 +109,22 @@ class MaskedAttention(nn.Module):
     def forward(
         self, query: Float[Tensor, "B q w"], keys: Float[Tensor, "B k w"], mask: Bool[Tensor, "B k"]
     ) -> Float[Tensor, "B q w"]:
-        q, k, v = (
-            layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
-            for layer, x in ((self.query, query), (self.key, keys), (self.value, keys))
-        )
+        q, k, v = self._heads(self.query, query), self._heads(self.key, keys), self._heads(self.value, keys)
         dropout, any_key = self.dropout if self.training else 0.0, mask.any(dim=1)[:, None, None]
         kept = mask[:, None, None] | ~any_key[..., None]  # a softmax over nothing is no number on some devices
         found = functional.scaled_dot_product_attention(q, k, v, attn_mask=kept, dropout_p=dropout)
         return self.out(found.transpose(1, 2).flatten(2)).where(any_key, 0.0)
+
+    def shares(self, points: Float[Tensor, "B k w"], mask: Bool[Tensor, "B k"]) -> Float[Tensor, "B k"]:
+        """Of points that attend to each other: the weight that each receives, mean over those that ask and heads."""
+        q, k = self._heads(self.query, points), self._heads(self.key, points)
+        scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~mask[:, None, None], -torch.inf)
+        weight = torch.softmax(scores.where(mask.any(dim=1)[:, None, None, None], 0.0), dim=-1).mean(dim=1)
+        asked = mask.to(weight.dtype) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+        return torch.einsum("bq,bqk->bk", asked, weight).where(mask, 0.0)
+
+    def _heads(self, layer: nn.Linear, x: Float[Tensor, "B n w"]) -> Float[Tensor, "B heads n d"]:
+        return layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
 def _pooled(values: Float[Tensor, "B k w"], mask: Bool[Tensor, "B k"]) -> tuple[Tensor, Tensor]:

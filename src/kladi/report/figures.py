@@ -126,7 +126,7 @@ def _idle(curves: list[Mapping[str, Any]]) -> Figure | None:
 def _monitors(monitors: list[Mapping[str, Any]]) -> Figure | None:
     series: dict[str, Points] = defaultdict(lambda: ([], []))
     for entry in monitors:
-        if entry.get("value") is not None:
+        if entry.get("value") is not None and not str(entry["metric"]).startswith("gate "):
             series[str(entry["metric"])][0].append(entry["step"])
             series[str(entry["metric"])][1].append(entry["value"])
     ranks = {name: xy for name, xy in series.items() if "rank" in name}

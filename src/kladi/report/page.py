@@ -22,7 +22,7 @@ import jinja2
 from plotly.offline import get_plotlyjs
 
 from kladi.errors import UserError
-from kladi.report import comparison, figures, glossary, tables
+from kladi.report import comparison, figures, glossary, shapes, tables
 
 Results = Mapping[str, Any]
 FORMAT, VERSION = "kladi-results", 1
@@ -101,6 +101,7 @@ def render(results: Results, atlas: Mapping[str, Any] | None, thumbnails: list[s
     plotly, script = get_plotlyjs(), (assets / "page.js").read_text(encoding="utf-8")
     panels = comparison.panels(atlas)
     drawn = {**figures.all_figures(results, atlas), **comparison.figures(results)}
+    drawn |= shapes.figures(results, thumbnails or [])
     drawn |= {f"panel{i}": panel["figure"] for i, panel in enumerate(panels) if panel["figure"] is not None}
     data = {"figures": drawn, "thumbnails": thumbnails or [], "atlas": figures.atlas_data(atlas)}
     environment = jinja2.Environment(
@@ -128,6 +129,7 @@ def render(results: Results, atlas: Mapping[str, Any] | None, thumbnails: list[s
         data_facts=tables.data_facts(results),
         labels=tables.labels(results),
         parents=tables.parents(results),
+        attended=shapes.attended(results),
         excluded=sorted(results.get("data", {}).get("excluded", {}).items()),
         warnings=results.get("data", {}).get("warnings", []),
         figures=drawn,

@@ -42,6 +42,11 @@ class Diagram:
     h1: Points
     construction: ClassVar[str] = "superlevel-T"
 
+    @classmethod
+    def empty(cls) -> Diagram:
+        """That of an image without topology."""
+        return cls(np.zeros((0, 2)), np.zeros((0, 2)))
+
     @property
     def span(self) -> float:
         """The greatest persistence; 0 without a point."""

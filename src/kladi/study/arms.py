@@ -57,7 +57,7 @@ class Arm:
     control_of: the method whose control it is, "" for none.
     classify: by what loss its classifiers are trained.
     embeddings: the file of an embedded arm.
-    after: the arm whose encoder of the same seed its pretraining begins with.
+    after: the arm whose encoder of the same seed its pretraining begins with, or, of a given one, which it reads.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Arm:
     @property
     def drawn(self) -> bool:
         """Whether another seed is another encoder."""
-        return self.kind in {"pretrained", "random", "shuffled_labels"}
+        return self.kind in {"pretrained", "random", "shuffled_labels"} or self.after is not None
 
     @property
     def reads_labels(self) -> bool:
@@ -118,7 +118,9 @@ def arms(study: Study) -> tuple[Arm, ...]:
     used: set[str] = set()
     for method in study.methods:
         config = settings.override(study.config, method.settings)
-        kind = "embedded" if method.embeddings else _kind(config)
+        if study.trained and config.topology.diagrams == "another":
+            raise UserError(f'methods.{method.name}: topology.diagrams = "another" is measured frozen, not fine-tuned')
+        kind = "embedded" if method.embeddings else _kind(config, method.after)
         before = next((arm for arm in found if arm.name == method.after), None)
         if method.after and (before is None or before.kind != "pretrained"):
             raise UserError(f'methods.{method.name}: after = "{method.after}" is not pretrained here')
@@ -236,7 +238,7 @@ def encoder_of(arm: Arm, seed: int, dataset: Dataset, folder: Path, before: Path
             return fused.load(folder)
     encoder = _fresh(arm.config, seed)
     if arm.kind == "given":
-        fused.load_weights(encoder, arm.config.init.weights)
+        fused.load_weights(encoder, before or arm.config.init.weights)
     return encoder
 
 
@@ -291,12 +293,12 @@ def in_true_names(own: OwnAnswers | None, arm: Arm, seed: int, dataset: Dataset)
 
 def images_seen(arm: Arm, dataset: Dataset) -> int:
     """Images that pretraining looks at, and that before it; each view of one counted once."""
+    before = images_seen(arm.after, dataset) if arm.after else 0
     if arm.kind != "pretrained":
-        return 0
+        return before
     batch = min(arm.config.train.batch, int((dataset.split == TRAIN).sum()))
     steps = max(1, int((dataset.split == TRAIN).sum()) // arm.config.train.batch) * arm.config.train.epochs
-    own = batch * min(steps, arm.config.train.max_steps or steps)
-    return own + (images_seen(arm.after, dataset) if arm.after else 0)
+    return before + batch * min(steps, arm.config.train.max_steps or steps)
 
 
 def device_of(config: settings.Config) -> str:
@@ -305,10 +307,10 @@ def device_of(config: settings.Config) -> str:
     return str(fabric.device)
 
 
-def _kind(config: settings.Config) -> str:
+def _kind(config: settings.Config, after: str) -> str:
     if config.objective.name != NOT_PRETRAINED:
         return "pretrained"
-    return "given" if config.init.weights else "random"
+    return "given" if config.init.weights or after else "random"
 
 
 def _under(arm: Arm, control: str, study: Study) -> list[Arm]:

@@ -330,7 +330,7 @@ def _method(arm: Arm, context: Context) -> dict[str, Any]:
         else "64-bin grey histogram and 64 components of pixels",
         "epochs": config.train.epochs if trained else 0,
         "images_seen": every.images_seen(arm, data),
-        "labels_in_pretraining": None if arm.kind in {"given", "embedded"} else labels,
+        "labels_in_pretraining": None if arm.kind in {"given", "embedded"} and arm.after is None else labels,
         "seeds": len(context.seeds(arm)),
         "config_digest": run_folder.config_digest(config),
         "control_of": arm.control_of or None,

@@ -24,8 +24,8 @@ objective.name = "none"                # not pretrained: random weights, or thos
 [methods.tree]                         # by what loss probe and fine-tuning train; of a list, validation rows choose
 objective.name = "none"
 classify = { loss = "hace", retain = [0.2, 0.5, 0.7] }
-[methods.longer]                       # begins with the encoder that another method, named above it, has trained
-after = "simclr"
+[methods.longer]                       # begins with the encoder that another method, named above it, has trained;
+after = "simclr"                       # with objective.name = "none" it is that encoder, or a part of it
 objective.name = "metadata"
 [methods.theirs]                       # or embeddings of all these images, as `kladi embed` writes them
 embeddings = "theirs/embeddings.npz"
@@ -326,8 +326,8 @@ def _method(name: str, table: Mapping[str, Any], folder: Path, config: settings.
             f'methods.{name}: objective.name = "{objective}" is not one of {", ".join(options)}, nor my_file.py:MyLoss'
             + suggestion(objective, options)
         )
-    if after and (method.objective.name == NOT_PRETRAINED or "init.weights" in given):
-        raise UserError(f'methods.{name}: after = "{after}" goes with an objective, and without init.weights')
+    if after and "init.weights" in given:
+        raise UserError(f'methods.{name}: after = "{after}" goes without init.weights')
     return Method(name, given, classify, after=after)
 
 

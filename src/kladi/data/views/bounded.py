@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Float64, Int, UInt64
+from jaxtyping import Bool, Float32, Float64, Int, UInt64
 from torch import Tensor
 from torch.nn import functional
 
@@ -116,19 +116,6 @@ def turned(x: Images, turn: Int[np.ndarray, " b"]) -> Images:
         part = x[rows].flip(3) if one >= TURNS // 2 else x[rows]
         out[rows] = torch.rot90(part, int(one) % 4, (2, 3))
     return out
-
-
-def grey(x: Float[Tensor, "b C S S"], low: Float64[np.ndarray, " b"], high: Float64[np.ndarray, " b"]) -> np.ndarray:
-    """v float64[b, S, S] in [0, 1], of which diagrams are made: the mean over channels, normalised by the range of the
-    original image, then clipped. Zero everywhere where that has no range."""
-    mean = x.cpu().double().mean(dim=1).numpy()
-    width = (high - low)[:, None, None]
-    return np.clip(np.divide(mean - low[:, None, None], width, out=np.zeros_like(mean), where=width > 0), 0, 1)
-
-
-def shrunk(x: Float[Tensor, "b C S S"], side: int) -> Float[Tensor, "b C s s"]:
-    """Reduced to the side that diagrams are made of, by means over areas; never enlarged."""
-    return functional.adaptive_avg_pool2d(x, side) if x.shape[-1] > side else x
 
 
 def _blend(x: Tensor, y: Tensor, amount: Tensor) -> Tensor:

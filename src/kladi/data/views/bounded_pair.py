@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Float64, Int
+from jaxtyping import Float32, Float64, Int, Int64
 from torch import Tensor
 
 from kladi import __version__
@@ -25,7 +25,10 @@ from kladi.data.dataset import TRAIN, Dataset
 from kladi.data.views import augment, bounded, philox
 from kladi.data.views.batch import Diagrams, View
 from kladi.data.views.calibration import GRID, Original, Range, Strengths, calibrate, require_enough
-from kladi.structure.topology import BANDS, diagram
+from kladi.data.views.partners import partners
+from kladi.data.views.region import Looks, Region, masks
+from kladi.errors import UserError
+from kladi.structure.topology import BANDS, Diagram, diagram
 
 STREAM = "bounded"
 OPERATION, STRENGTH, UP, ACROSS, DOWN, TURN = range(6)
@@ -52,18 +55,29 @@ class BoundedPair:
         tokens: tuple[int, int] | None,
     ) -> None:
         self.dataset, self.config, self.strengths, self.side, self.tokens = dataset, config, strengths, side, tokens
-        # Of each row once it was met: range of the grey levels, and what a strength of 1 is in them.
-        self._known = np.full((len(dataset), 3), np.nan)
+        self._unit = np.full(len(dataset), np.nan)  # of each row once it was met: what a strength of 1 is
+        self._low, self._high = np.zeros(len(dataset)), np.zeros(len(dataset))
+        self._regions: dict[int, Region | None] = {}
+        self._partner: Int64[np.ndarray, " n"] | None = None
+        if config.topology.diagrams == "another":
+            self._partner = partners(dataset.split, dataset.group, dataset.row_id)
 
     def views(self, rows: Int[np.ndarray, " b"], epoch: int, device: torch.device) -> tuple[View, ...]:
         """The weak view and the strong one."""
-        x = pictures(self.dataset, rows, self.config.intensity)
-        low, high, unit = self._facts(rows, x)
+        seen = self._seen(rows, epoch)
+        if self.tokens is None:
+            diagrams: list[Diagrams | None] = [None] * len(seen)
+        elif self.config.topology.diagrams == "none":
+            diagrams = [Diagrams.of([Diagram.empty()] * len(rows), *self.tokens)] * len(seen)
+        else:
+            of = rows if self._partner is None else self._partner[rows]
+            shown = seen if self._partner is None else self._seen(of, epoch)
+            looks = self._looks(of)
+            diagrams = [Diagrams.of([diagram(v) for v in looks.v(x)], *self.tokens) for x in shown]
         views = []
-        for number, band in enumerate(BANDS):
-            seen = self._changed(x, band, rows, epoch, number, unit)
-            diagrams = None if self.tokens is None else self._diagrams(seen, low, high)
-            views.append(View(_normalised(seen, self.config.intensity), diagrams).to(device))
+        for number, (x, found) in enumerate(zip(seen, diagrams, strict=True)):
+            turned = bounded.turned(x, self._turns(self._draws(rows, epoch, number)))
+            views.append(View(_normalised(turned, self.config.intensity), found).to(device))
         return tuple(views)
 
     def __str__(self) -> str:
@@ -77,19 +91,34 @@ class BoundedPair:
         few = f"; {self.strengths.skipped} images had next to no topology" if self.strengths.skipped else ""
         return f"{points}; {ways}{few}"
 
-    def _facts(self, rows: np.ndarray, x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        new = np.flatnonzero(np.isnan(self._known[rows, 0]))
+    def _seen(self, rows: Int[np.ndarray, " b"], epoch: int) -> list[Float32[Tensor, "b C S S"]]:
+        """The images of both views before they are turned, which changes no diagram."""
+        x = pictures(self.dataset, rows, self.config.intensity)
+        self._meet(rows, x)
+        return [self._changed(x, band, rows, epoch, number) for number, band in enumerate(BANDS)]
+
+    def _meet(self, rows: Int[np.ndarray, " b"], x: Float32[Tensor, "b C S S"]) -> None:
+        """Look once at each unchanged image."""
+        new = np.flatnonzero(np.isnan(self._unit[rows]))
         if len(new):
-            found = Original.of(x[torch.from_numpy(new)], self.dataset.row_id[rows[new]], self.side)
-            self._known[rows[new]] = np.stack([found.low, found.high, found.unit], axis=1)
-        low, high, unit = self._known[rows].T
-        return low, high, unit
+            some, index = x[torch.from_numpy(new)], rows[new]
+            looks = Looks.of(some, self.side, masks(some, self.config.topology.region))
+            self._low[index], self._high[index] = looks.low, looks.high
+            self._regions |= dict(zip(index.tolist(), looks.regions, strict=True))
+            self._unit[index] = Original.of(some, self.dataset.row_id[index], looks).unit  # last: it says who was met
+
+    def _looks(self, rows: Int[np.ndarray, " b"]) -> Looks:
+        """Of rows that were met."""
+        return Looks(self.side, self._low[rows], self._high[rows], tuple(self._regions[row] for row in rows.tolist()))
+
+    def _draws(self, rows: Int[np.ndarray, " b"], epoch: int, number: int) -> Float64[np.ndarray, "draws b"]:
+        row_id = self.dataset.row_id[rows]
+        return philox.uniform(self.config.train.seed, STREAM, row_id, epoch, number, np.arange(TURN + 1)).T
 
     def _changed(
-        self, x: Tensor, band: str, rows: np.ndarray, epoch: int, number: int, unit: Float64[np.ndarray, " b"]
+        self, x: Tensor, band: str, rows: Int[np.ndarray, " b"], epoch: int, number: int
     ) -> Float32[Tensor, "b C S S"]:
-        seed, row_id, ranges = self.config.train.seed, self.dataset.row_id[rows], self.strengths.ranges[band]
-        u = philox.uniform(seed, STREAM, row_id, epoch, number, np.arange(TURN + 1)).T
+        row_id, ranges, u = self.dataset.row_id[rows], self.strengths.ranges[band], self._draws(rows, epoch, number)
         names = sorted(ranges)
         pick = np.floor(u[OPERATION] * len(names)).astype(int)
         out = torch.empty_like(x)
@@ -97,10 +126,10 @@ class BoundedPair:
             some = np.flatnonzero(pick == k)
             if len(some):
                 strength = ranges[name].low + (ranges[name].high - ranges[name].low) * u[STRENGTH][some]
-                draw = bounded.Draw(u[UP][some] < 0.5, row_id[some], seed, epoch, number)
+                draw = bounded.Draw(u[UP][some] < 0.5, row_id[some], self.config.train.seed, epoch, number)
                 index = torch.from_numpy(some)
-                out[index] = bounded.changed(x[index], name, strength * unit[some], draw)
-        return bounded.turned(out, self._turns(u))
+                out[index] = bounded.changed(x[index], name, strength * self._unit[rows[some]], draw)
+        return out
 
     def _turns(self, u: Float64[np.ndarray, "draws b"]) -> Int[np.ndarray, " b"]:
         """Of the eight those that the settings allow: quarter turns only where an image has no left and no up."""
@@ -109,10 +138,6 @@ class BoundedPair:
             return np.floor(u[TURN] * bounded.TURNS).astype(np.int64)
         mirror = bounded.TURNS // 2  # left to right; with half a turn, top to bottom
         return np.where(u[ACROSS] < 0.5, mirror * across + (mirror + 2) * down, 0).astype(np.int64)
-
-    def _diagrams(self, x: Tensor, low: np.ndarray, high: np.ndarray) -> Diagrams:
-        found = [diagram(v) for v in bounded.grey(bounded.shrunk(x, self.side), low, high)]
-        return Diagrams.of(found, *(self.tokens or (0, 0)))
 
 
 def strengths_of(
@@ -127,7 +152,16 @@ def strengths_of(
         UserError: too few operations are usable.
     """
     rows = _sample(dataset, config)
-    known = [__version__, GRID, BANDS, sorted(bounded.OPERATIONS), dataset.store.digest, side, config.train.seed]
+    known = [
+        __version__,
+        GRID,
+        BANDS,
+        sorted(bounded.OPERATIONS),
+        dataset.store.digest,
+        side,
+        config.train.seed,
+        config.topology.region,
+    ]
     said = json.dumps([*known, dataclasses.asdict(config.intensity)])
     key = hashlib.sha256(said.encode() + dataset.row_id[rows].tobytes()).hexdigest()[:16]
     file = dataset.store.folder.parent / f"strengths-{key}.json"
@@ -135,7 +169,9 @@ def strengths_of(
     if found is None:
         if say is not None:
             say("topology", f"measuring how far {len(bounded.OPERATIONS)} operations move {len(rows)} diagrams, once")
-        found = calibrate(pictures(dataset, rows, config.intensity), dataset.row_id[rows], side, config.train.seed)
+        x = pictures(dataset, rows, config.intensity)
+        looks = Looks.of(x, side, masks(x, config.topology.region))
+        found = calibrate(x, dataset.row_id[rows], looks, config.train.seed)
         kept = _kept(file, written(found))
         if not kept and say is not None:
             say("notice", f"{file.name} cannot be kept beside the decoded images; the next run measures again")
@@ -147,6 +183,18 @@ def written(strengths: Strengths) -> str:
     """The table as JSON."""
     ranges = {band: {n: dataclasses.asdict(r) for n, r in some.items()} for band, some in strengths.ranges.items()}
     return json.dumps({"ranges": ranges, "skipped": strengths.skipped}, indent=1) + "\n"
+
+
+def read_strengths(file: Path) -> Strengths:
+    """The table that a run has kept.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
+    found = _read(file)
+    if found is None:
+        raise UserError(f"{file}: missing or damaged; start anew in another folder")
+    return found
 
 
 def _kept(file: Path, text: str) -> bool:

@@ -16,7 +16,8 @@ from jaxtyping import Float32, Float64, UInt64
 from torch import Tensor
 
 from kladi.data.views import philox
-from kladi.data.views.bounded import OPERATIONS, RANDOM, Draw, changed, grey, shrunk
+from kladi.data.views.bounded import OPERATIONS, RANDOM, Draw, changed
+from kladi.data.views.region import Looks
 from kladi.errors import UserError
 from kladi.structure.topology import BANDS, Diagram, diagram, relative_bottleneck
 
@@ -48,43 +49,35 @@ class Strengths:
 
 @dataclass(frozen=True)
 class Original:
-    """Images with the diagram and the grey range of each: what strengths are relative to.
+    """Images with what their diagrams are made of, and these diagrams: what strengths are relative to.
 
-    side: of the square that diagrams are made of; operations are done before images are reduced to it.
+    images: before anything is done to them; operations are done before images are reduced to the side of diagrams.
     """
 
     images: Float32[Tensor, "n C S S"]
     row_id: UInt64[np.ndarray, " n"]
-    low: Float64[np.ndarray, " n"]
-    high: Float64[np.ndarray, " n"]
+    looks: Looks
     diagrams: tuple[Diagram, ...]
-    side: int
 
     @classmethod
-    def of(cls, images: Float32[Tensor, "n C S S"], row_id: UInt64[np.ndarray, " n"], side: int) -> Original:
-        small = shrunk(images, side)
-        mean = small.double().mean(dim=1).flatten(1)
-        low, high = mean.amin(dim=1).numpy(), mean.amax(dim=1).numpy()
-        found = tuple(diagram(v) for v in grey(small, low, high))
-        return cls(images, row_id, low, high, found, side)
+    def of(cls, images: Float32[Tensor, "n C S S"], row_id: UInt64[np.ndarray, " n"], looks: Looks) -> Original:
+        return cls(images, row_id, looks, tuple(diagram(v) for v in looks.v(images)))
 
     @property
     def unit(self) -> Float64[np.ndarray, " n"]:
         """Grey levels of a strength of 1: a span, in the images' own units."""
-        return np.array([found.span for found in self.diagrams]) * (self.high - self.low)
+        return np.array([found.span for found in self.diagrams]) * (self.looks.high - self.looks.low)
 
     def some(self, keep: np.ndarray) -> Original:
         rows = np.flatnonzero(keep)
         kept = tuple(self.diagrams[row] for row in rows)
-        return Original(
-            self.images[torch.from_numpy(rows)], self.row_id[rows], self.low[rows], self.high[rows], kept, self.side
-        )
+        return Original(self.images[torch.from_numpy(rows)], self.row_id[rows], self.looks.some(rows), kept)
 
 
 def calibrate(
     images: Float32[Tensor, "n C S S"],
     row_id: UInt64[np.ndarray, " n"],
-    side: int,
+    looks: Looks,
     seed: int = 0,
 ) -> Strengths:
     """The ranges for these images.
@@ -92,12 +85,12 @@ def calibrate(
     Args:
         images: in [0, 1], training images alone, at the size and by the pipeline of the training.
         row_id: of each, so that the draws are those rows' own.
-        side: of the square that diagrams are made of.
+        looks: where in them their diagrams are made.
 
     Raises:
         UserError: no image has topology to speak of.
     """
-    every = Original.of(images, row_id, side)
+    every = Original.of(images, row_id, looks)
     keep = np.array([found.span >= LEAST_SPAN for found in every.diagrams], dtype=bool)
     if not keep.any():
         raise UserError(f"none of {len(images):,} images has a component or a hole of contrast {LEAST_SPAN} or more")
@@ -135,8 +128,8 @@ def moved(original: Original, name: str, strength: float, seed: int) -> Float64[
         up = philox.uniform(seed, STREAM, original.row_id, 0, 0, number) < 0.5
         draw = Draw(up, original.row_id, seed, number)
         x = changed(original.images.clone(), name, strength * original.unit, draw)
-        after = grey(shrunk(x, original.side), original.low, original.high)
-        found += [relative_bottleneck(d, diagram(v)) for d, v in zip(original.diagrams, after, strict=True)]
+        after = [diagram(v) for v in original.looks.v(x)]
+        found += [relative_bottleneck(d, e) for d, e in zip(original.diagrams, after, strict=True)]
     return np.array(found)
 
 

@@ -102,7 +102,7 @@ def shown(embeddings: Embeddings, rows: Int[np.ndarray, " m"]) -> Bool[np.ndarra
         if marked is not None:
             visible &= np.array([marked[r].strip().casefold() in {"", "no", "false", "0"} for r in rows], dtype=bool)
     if embeddings.taxonomy is not None:
-        tops = _top_names(embeddings)
+        tops = top_names(embeddings)
         visible &= np.array([not _parts(tops[r]) & HIDDEN_MODALITIES for r in rows], dtype=bool)
     return visible
 
@@ -232,7 +232,7 @@ def _codes(values: tuple[str, ...]) -> np.ndarray:
     return np.where(np.array(values) == "", -1, codes)
 
 
-def _top_names(embeddings: Embeddings) -> list[str]:
+def top_names(embeddings: Embeddings) -> list[str]:
     """Name of the top node above each row's label, "" without a label."""
     tax = embeddings.taxonomy
     if tax is None:

@@ -1,0 +1,137 @@
+"""Where a diagram looks: the thing in front of its ground, cut out, and the range of its own grey levels."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kladi.data.views.partners import partners
+from kladi.data.views.region import Looks, Region, foregrounds, otsu
+from kladi.errors import UserError
+from kladi.structure.topology import diagram
+
+
+def disc(size=48, centre=(20, 26), radius=12, inside=0.8, ground=0.2):
+    row, column = np.mgrid[:size, :size]
+    image = np.full((size, size), ground)
+    image[np.hypot(row - centre[0], column - centre[1]) <= radius] = inside
+    return image
+
+
+def tensor(*images):
+    return torch.from_numpy(np.stack(images)[:, None])
+
+
+def test_otsu_parts_two_levels_between_them():
+    assert 0.2 <= otsu(disc()) < 0.8
+    rng = np.random.default_rng(0)
+    noisy = disc() + rng.normal(0, 0.05, (48, 48))
+    t = otsu(noisy)
+    assert 0.35 < t < 0.65
+    assert otsu(np.full((4, 4), 0.3)) == 0.3
+
+
+def test_otsu_is_the_best_of_all_thresholds():
+    grey = np.random.default_rng(1).integers(0, 20, (12, 12)) / 19
+
+    def between(t):
+        a, b = grey[grey <= t], grey[grey > t]
+        return len(a) * len(b) * (a.mean() - b.mean()) ** 2 if len(a) and len(b) else 0.0
+
+    best = max(between(t) for t in np.unique(grey))
+    assert between(otsu(grey)) == pytest.approx(best, rel=1e-3)
+
+
+@pytest.mark.parametrize(("inside", "ground"), [(0.8, 0.2), (0.1, 0.7)], ids=["bright", "dark"])
+def test_the_front_is_what_reaches_the_border_less(inside, ground):
+    image = disc(inside=inside, ground=ground)
+    (front,) = foregrounds(tensor(image))
+    np.testing.assert_array_equal(front, image == inside)
+
+
+def test_the_largest_piece_is_taken_and_its_holes_are_filled():
+    image = disc()
+    ring = disc(centre=(20, 26), radius=6, inside=0.2, ground=0)
+    image[ring == 0.2] = 0.2
+    image[2:5, 2:5] = 0.8
+    (front,) = foregrounds(tensor(image))
+    np.testing.assert_array_equal(front, disc() == 0.8)
+
+
+def test_next_to_nothing_and_next_to_everything_are_no_region():
+    mask = np.zeros((40, 40), dtype=bool)
+    assert Region.of(mask) is None
+    mask[3, 4] = True
+    assert Region.of(mask) is None
+    assert Region.of(np.ones((40, 40), dtype=bool)) is None
+    mask[:20] = True
+    assert Region.of(mask).box == (0, 20, 0, 40)
+
+
+def test_a_region_is_normalised_by_its_own_range_and_dark_outside():
+    image = disc(ground=1.0, inside=0.4)  # bright outside: no part of it
+    image[18:22, 24:28] = 0.6
+    looks = Looks.of(tensor(image), 32, [image < 0.9])
+    assert looks.low[0] == pytest.approx(0.4)
+    v = looks.v(tensor(image))[0]
+    assert v.shape == (32, 32)
+    assert v[0, 0] == 0
+    assert v.max() == pytest.approx(1)
+    brighter = looks.v(tensor(image + 0.05))[0]
+    assert brighter[16, 16] == 1  # clipped in the range of the unchanged image
+    assert brighter[8, 16] == pytest.approx(0.25)
+
+
+def test_what_is_outside_changes_no_diagram():
+    image = disc(inside=0.5)
+    image[18:22, 24:28] = 0.9
+    other = image.copy()
+    other[image == 0.2] = np.random.default_rng(0).random((image == 0.2).sum())
+    masks = [image > 0.3]
+    one, two = (Looks.of(tensor(x), 24, masks) for x in (image, other))
+    a, b = one.v(tensor(image))[0], two.v(tensor(other))[0]
+    assert a[0, 0] == 0
+    np.testing.assert_array_equal(a, b)
+
+
+def test_without_masks_it_is_everywhere():
+    image = disc(size=24)
+    looks = Looks.of(tensor(image, image), 24)
+    np.testing.assert_allclose(looks.v(tensor(image, image))[1], (image - 0.2) / 0.6, atol=1e-12)
+    mixed = Looks.of(tensor(image, image), 24, [np.zeros((24, 24), dtype=bool), image > 0.5])
+    np.testing.assert_array_equal(mixed.v(tensor(image, image))[0], looks.v(tensor(image, image))[0])
+    assert mixed.regions[0] is None
+    assert diagram(mixed.v(tensor(image, image))[1]).span >= 0
+
+
+# --- partners ------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 4)), min_size=0, max_size=40))
+def test_partners_are_of_another_patient_of_the_same_split(rows):
+    split = np.array([part for part, _ in rows], dtype=np.int64)
+    group = np.array([patient for _, patient in rows], dtype=np.int64)
+    row_id = np.arange(len(rows), dtype=np.uint64) * 7919
+    if 1 in np.bincount(split, minlength=1):
+        with pytest.raises(UserError, match="a single image"):
+            partners(split, group, row_id)
+        return
+    of = partners(split, group, row_id)
+    assert sorted(of) == list(range(len(rows)))
+    assert (split[of] == split).all()
+    assert (of != np.arange(len(rows))).all()
+    for part in np.unique(split):
+        mine = np.flatnonzero(split == part)
+        if 2 * np.bincount(group[mine]).max() <= len(mine):
+            assert (group[of[mine]] != group[mine]).all()
+
+
+def test_partners_hang_on_the_rows_alone():
+    rng = np.random.default_rng(0)
+    group, row_id = rng.integers(0, 9, 30), rng.integers(0, 2**60, 30).astype(np.uint64)
+    split, order = np.zeros(30, dtype=np.int64), rng.permutation(30)
+    of = partners(split, group, row_id)
+    renamed = rng.permutation(9)[group]
+    other = partners(split[order], renamed[order], row_id[order])
+    np.testing.assert_array_equal(row_id[order][other], row_id[of][order])
