@@ -62,6 +62,8 @@ def plan(data: Path, out: Path, earlier: Path | None, given: Mapping[str, Any], 
     _warnings(inspection)
     for d in facts.structure:
         _line(d.name, diagnostics.sentence(d), width=26)
+    if config.topology.on:
+        _strengths(data, config, out)
     proof = None
     if smoke:
         _message(f"smoke      {planning.SMOKE_STEPS} steps of the planned run")
@@ -88,6 +90,25 @@ def plan(data: Path, out: Path, earlier: Path | None, given: Mapping[str, Any], 
     planning.write(config, reasons, out)
     _line("wrote", f"{out}; next: kladi pretrain {data} --config {out} --out runs/a", width=0)
     return 0
+
+
+def _strengths(data: Path, config: settings.Config, out: Path) -> None:
+    """How strong the views of a run with topology would be, in lines and on a page."""
+    import json
+
+    from kladi.data import load
+    from kladi.data.views.bounded_pair import strengths_of, written
+    from kladi.models.fused import side_of
+    from kladi.report import page, strengths
+
+    dataset, _ = load.load(data, config)
+    side = side_of(config.topology, config.intensity.size)
+    found = json.loads(written(strengths_of(dataset, config, side, lambda what, text: _message(f"{what:<11}{text}"))))
+    for name, weak, strong in strengths.lines(found):
+        _line(name, f"weak {weak}; strong {strong}", width=26)
+    path = out.with_suffix(".strengths.html")
+    page.write_strengths(found, path)
+    _line("wrote", str(path))
 
 
 def pretrain(data: Path, config: settings.Config, out: Path, *, resume: bool, force_unlock: bool, dry_run: bool) -> int:

@@ -23,6 +23,7 @@ from plotly.offline import get_plotlyjs
 
 from kladi.errors import UserError
 from kladi.report import comparison, figures, glossary, shapes, tables
+from kladi.report import strengths as strengths_page
 
 Results = Mapping[str, Any]
 FORMAT, VERSION = "kladi-results", 1
@@ -97,25 +98,14 @@ def render(results: Results, atlas: Mapping[str, Any] | None, thumbnails: list[s
         atlas: the content of map.json, or None.
         thumbnails: data URIs, indexed by the map's `thumbnail` entries, or None.
     """
-    assets = files("kladi.report") / "assets"
-    plotly, script = get_plotlyjs(), (assets / "page.js").read_text(encoding="utf-8")
     panels = comparison.panels(atlas)
     drawn = {**figures.all_figures(results, atlas), **comparison.figures(results)}
     drawn |= shapes.figures(results, thumbnails or [])
     drawn |= {f"panel{i}": panel["figure"] for i, panel in enumerate(panels) if panel["figure"] is not None}
     data = {"figures": drawn, "thumbnails": thumbnails or [], "atlas": figures.atlas_data(atlas)}
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(lambda name: (assets / name).read_text(encoding="utf-8")),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    marker = secrets.token_hex(16)
-    html = environment.get_template("page.html").render(
-        marker=marker,
-        policy=_policy(plotly, script),
-        style=(assets / "page.css").read_text(encoding="utf-8"),
+    return _filled(
+        "page.html",
+        data,
         title=_title(results),
         summary=tables.summary(results),
         headline=tables.headline(results),
@@ -140,6 +130,32 @@ def render(results: Results, atlas: Mapping[str, Any] | None, thumbnails: list[s
         neighbours=tables.neighbours(atlas),
         provenance=tables.provenance(results),
         not_run=tables.not_run(results),
+    )
+
+
+def write_strengths(strengths: Mapping[str, Any], path: Path) -> None:
+    """A page of the strengths that were measured for a data set, from the content of strengths.json."""
+    drawn = strengths_page.figure(strengths)
+    data = {"figures": {} if drawn is None else {"strengths": drawn}}
+    said = {"lines": strengths_page.lines(strengths), "skipped": strengths["skipped"]}
+    _write_private(path, _filled("strengths.html", data, **said))
+
+
+def _filled(template: str, data: Mapping[str, Any], **values: Any) -> str:
+    """A template with what every page has: style, policy, and the scripts round its data."""
+    assets = files("kladi.report") / "assets"
+    plotly, script = get_plotlyjs(), (assets / "page.js").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: (assets / name).read_text(encoding="utf-8")),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    marker = secrets.token_hex(16)
+    style = (assets / "page.css").read_text(encoding="utf-8")
+    html = environment.get_template(template).render(
+        marker=marker, policy=_policy(plotly, script), style=style, **values
     )
     # Scripts and data go in after rendering: 5 MB of them need no template engine. The marker is drawn anew for each
     # page, so that no stranger's text can hold it.

@@ -24,7 +24,7 @@ from kladi import config as settings
 from kladi.data.dataset import TRAIN, Dataset
 from kladi.data.views import augment, bounded, philox
 from kladi.data.views.batch import Diagrams, View
-from kladi.data.views.calibration import GRID, Original, Range, Strengths, calibrate, require_enough
+from kladi.data.views.calibration import GRID, Original, Range, Reach, Strengths, calibrate, require_enough
 from kladi.data.views.partners import partners
 from kladi.data.views.region import Looks, Region, masks
 from kladi.errors import UserError
@@ -182,7 +182,8 @@ def strengths_of(
 def written(strengths: Strengths) -> str:
     """The table as JSON."""
     ranges = {band: {n: dataclasses.asdict(r) for n, r in some.items()} for band, some in strengths.ranges.items()}
-    return json.dumps({"ranges": ranges, "skipped": strengths.skipped}, indent=1) + "\n"
+    reaches = {name: [dataclasses.asdict(one) for one in some] for name, some in strengths.reaches.items()}
+    return json.dumps({"ranges": ranges, "skipped": strengths.skipped, "reaches": reaches}, indent=1) + "\n"
 
 
 def read_strengths(file: Path) -> Strengths:
@@ -216,12 +217,16 @@ def _read(file: Path) -> Strengths | None:
         content = json.loads(file.read_text(encoding="utf-8"))
         ranges = {band: {n: Range(**r) for n, r in content["ranges"][band].items()} for band in BANDS}
         skipped = int(content["skipped"])
+        reaches = {
+            name: tuple(Reach(float(one["strength"]), tuple(map(float, one["quantiles"]))) for one in some)
+            for name, some in content["reaches"].items()
+        }
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
     every = [r for some in ranges.values() for r in some.values()]
     names = {name for some in ranges.values() for name in some}
     good = all(isinstance(r.low, float) and isinstance(r.high, float) and 0 < r.low <= r.high < 10 for r in every)
-    return Strengths(ranges, skipped) if good and names <= bounded.OPERATIONS.keys() else None
+    return Strengths(ranges, skipped, reaches) if good and names <= bounded.OPERATIONS.keys() else None
 
 
 def _sample(dataset: Dataset, config: settings.Config) -> Int[np.ndarray, " m"]:

@@ -8,7 +8,7 @@ is left out of that band.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ GRID = tuple(round(0.02 * 1.6**k, 4) for k in range(7))
 """Strengths tried, in spans."""
 DRAWS, ENOUGH, LEAST_SPAN, LEAST_OPERATIONS = 3, 0.6, 0.05, 2
 STREAM = "calibration"
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,21 @@ class Range:
 
 
 @dataclass(frozen=True)
+class Reach:
+    """How far one strength of an operation moves diagrams. quantiles: of the relative distance, at `QUANTILES`."""
+
+    strength: float
+    quantiles: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Strengths:
-    """ranges: band -> operation -> `Range`; what is not there is not used. skipped: images with next to no topology."""
+    """ranges: band -> operation -> `Range`; what is not there is not used. skipped: images with next to no topology.
+    reaches: operation -> what was measured, by strength."""
 
     ranges: Mapping[str, Mapping[str, Range]]
     skipped: int
+    reaches: Mapping[str, tuple[Reach, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,13 +107,15 @@ def calibrate(
         raise UserError(f"none of {len(images):,} images has a component or a hole of contrast {LEAST_SPAN} or more")
     original = every.some(keep)
     ranges: dict[str, dict[str, Range]] = {band: {} for band in BANDS}
+    reaches: dict[str, tuple[Reach, ...]] = {}
     for name in OPERATIONS:
         measured = {u: moved(original, name, u, seed) for u in GRID}
         for band in BANDS:
             found = _range(band, measured, lambda u, name=name: moved(original, name, u, seed))
             if found is not None:
                 ranges[band][name] = found
-    return Strengths(ranges, int((~keep).sum()))
+        reaches[name] = tuple(Reach(u, _quantiles(measured[u])) for u in sorted(measured))
+    return Strengths(ranges, int((~keep).sum()), reaches)
 
 
 def require_enough(strengths: Strengths) -> None:
@@ -157,6 +170,10 @@ def _longest(strengths: list[float], measured: Mapping[float, np.ndarray], band:
         run = [*run, u] if _share(measured[u], band) >= ENOUGH else []
         best = run if len(run) > len(best) else best
     return best
+
+
+def _quantiles(distances: Float64[np.ndarray, " n"]) -> tuple[float, ...]:
+    return tuple(round(float(q), 5) for q in np.quantile(distances, QUANTILES))
 
 
 def _share(distances: Float64[np.ndarray, " n"], band: str) -> float:
