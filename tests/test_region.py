@@ -1,14 +1,22 @@
 """Where a diagram looks: the thing in front of its ground, cut out, and the range of its own grey levels."""
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+from kladi import config as settings
+from kladi import toy
+from kladi.data.load import load
+from kladi.data.views import whole
 from kladi.data.views.partners import partners
 from kladi.data.views.region import Looks, Region, foregrounds, otsu
 from kladi.errors import UserError
+from kladi.evaluate.embed import embed
+from kladi.models import backbones, fused
 from kladi.structure.topology import diagram
 
 
@@ -103,6 +111,87 @@ def test_without_masks_it_is_everywhere():
     np.testing.assert_array_equal(mixed.v(tensor(image, image))[0], looks.v(tensor(image, image))[0])
     assert mixed.regions[0] is None
     assert diagram(mixed.v(tensor(image, image))[1]).span >= 0
+
+
+# --- masks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def masked(tmp_path):
+    """A ward of which the first eight images have a mask: their middle."""
+    manifest = toy.write(tmp_path / "toy", n=24, size=16)
+    (tmp_path / "toy" / "masks").mkdir()
+    middle = np.zeros((16, 16), dtype=np.uint8)
+    middle[4:12, 4:12] = 1
+    table = pl.read_csv(manifest)
+    names = [f"masks/{i}.png" if i < 8 else None for i in range(len(table))]
+    for name in names[:8]:
+        Image.fromarray(middle).save(manifest.parent / name)
+    table.with_columns(mask=pl.Series(names)).write_csv(manifest)
+    return manifest
+
+
+def masked_config(manifest, **changes):
+    values = {"data.store": str(manifest.parent / "store"), "intensity.size": 16, "topology.region": "mask", **changes}
+    return settings.override(settings.Config(), values)
+
+
+def test_masks_are_laid_over_their_images(masked):
+    config = masked_config(masked)
+    data, inspection = load(masked, config)
+    (warned,) = [f for f in inspection.findings if "no mask" in f.message]
+    assert len(warned.rows) == 16
+    rows = np.arange(len(data))
+    found = whole.masks(data, rows, whole.pictures(data, rows, config.intensity), "mask")
+    for row, mask in zip(rows, found, strict=True):
+        assert mask.shape == (16, 16)
+        assert (data.masks[row] is None) == (not mask.any())
+        if mask.any():
+            assert mask[5:11, 5:11].all()
+            assert not mask[:3].any()
+    assert whole.masks(data, rows, whole.pictures(data, rows, config.intensity), "whole") == []
+    unread, _ = load(masked, settings.override(config, {"topology.region": "whole"}))
+    with pytest.raises(UserError, match="was read without its masks"):
+        whole.masks(unread, rows, whole.pictures(data, rows, config.intensity), "mask")
+
+
+def test_an_encoder_with_masks_reads_them_in_evaluation(masked):
+    config = masked_config(masked, **{"topology.on": True, "encoder.name": "test_efficientnet"})
+    data, _ = load(masked, config)
+    encoder = fused.fused(backbones.build(config.encoder, config.intensity), config.topology).eval()
+    rows = np.arange(len(data))
+    image, points, mask = fused.reader(encoder, data, config.intensity, torch.device("cpu"))(rows)
+    plain_points, _ = encoder.tokens(image)
+    has = np.array([path is not None for path in data.masks])
+    same = [torch.equal(a, b) for a, b in zip(points, plain_points, strict=True)]
+    assert not any(np.array(same)[has])
+    assert all(np.array(same)[~has])
+    assert mask.any()
+    np.testing.assert_allclose(embed(encoder, data).features, encoder(image, points, mask).detach().numpy(), atol=1e-5)
+
+
+def test_masks_that_cannot_be_are_named(masked):
+    config = masked_config(masked)
+    table = pl.read_csv(masked)
+    first = masked.parent / table["mask"][0]
+    Image.fromarray(np.ones((16, 9), dtype=np.uint8)).save(first)
+    data, _ = load(masked, config)
+    (row,) = np.flatnonzero([path == first for path in data.masks])
+    seen = whole.pictures(data, np.array([row]), config.intensity)
+    with pytest.raises(UserError, match=r"the mask 0.png is 9 x 16, its image has another shape"):
+        whole.masks(data, np.array([row]), seen, "mask")
+    first.write_text("no picture")
+    with pytest.raises(UserError, match=r"row 1: the mask 0.png "):
+        whole.masks(data, np.array([row]), seen, "mask")
+    first.unlink()
+    with pytest.raises(UserError, match="mask: file missing: row 1"):
+        load(masked, config)
+    table.with_columns(mask=pl.lit("../toy/masks/1.png")).write_csv(masked)
+    with pytest.raises(UserError, match="mask: the path leaves the folder"):
+        load(masked, config)
+    table.drop("mask").write_csv(masked)
+    with pytest.raises(UserError, match=r'--topology.region mask needs a column "mask"'):
+        load(masked, config)
 
 
 # --- partners ------------------------------------------------------------------------------------------------------

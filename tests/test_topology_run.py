@@ -13,10 +13,11 @@ import tiny
 from kladi import commands, toy
 from kladi.data.load import load
 from kladi.data.views import bounded_pair, region
-from kladi.data.views.bounded_pair import BoundedPair, pictures, strengths_of
+from kladi.data.views.bounded_pair import BoundedPair, strengths_of
 from kladi.data.views.calibration import Range, Strengths
 from kladi.data.views.partners import partners
 from kladi.data.views.region import Looks
+from kladi.data.views.whole import pictures
 from kladi.errors import UserError
 from kladi.evaluate.embed import Embeddings, embed
 from kladi.evaluate.evaluation import random_encoder

@@ -213,8 +213,8 @@ class Topology:
     """Size of the diagram encoder; auto: paper for 1,000 features and 128 px on, else small."""
     side: int = 0
     """Side of the square that diagrams are made of, pixels; 0: that of the image, at most 112."""
-    region: typing.Literal["whole", "foreground"] = "whole"
-    """Where in an image its diagram is made: everywhere, or in the thing in front of its ground, by grey level."""
+    region: typing.Literal["whole", "foreground", "mask"] = "whole"
+    """Where a diagram is made: everywhere, in the thing in front of its ground, or inside the file in column mask."""
     calibration: int = 128
     """Training images that the strengths of the bounded views are measured on, one a patient."""
 

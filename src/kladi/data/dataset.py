@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int, UInt64
@@ -30,6 +31,7 @@ class Dataset:
     label_sets: the metadata; None where no column was asked for.
     columns: the metadata (and site, source, ...) as text for reports, "" where unknown.
     has_patients: whether `group` comes from patient ids.
+    masks: file of each row's mask, None where it has none; empty where they were not asked for.
     """
 
     store: Store
@@ -42,6 +44,7 @@ class Dataset:
     label_sets: LabelSets | None
     columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     has_patients: bool = False
+    masks: tuple[Path | None, ...] = ()
 
     def __len__(self) -> int:
         return len(self.row_id)

@@ -20,6 +20,7 @@ from kladi.data.findings import Finding, line, merged
 from kladi.data.rows import checks, manifest, sample
 from kladi.data.rows.labels import file_tree
 from kladi.data.rows.manifest import ROLES, Manifest
+from kladi.data.rows.paths import locate
 from kladi.data.views import philox
 from kladi.errors import UserError
 from kladi.sections import WITH_LABELS
@@ -77,6 +78,8 @@ def inspect(data: str | Path, config: settings.Config) -> Inspection:
         config=config.data,
     )
     findings += pixel_findings
+    if config.topology.region == "mask":
+        findings += checks.masks(rows, allow_outside=config.data.allow_outside)
     left_out = {row for f in findings if f.severity == "left out" for row in f.rows}
     asked = len({*rows.table["row"].to_list(), *left_out})
     if asked and len(left_out) / asked > config.data.max_left_out:
@@ -113,7 +116,14 @@ def join(inspection: Inspection, config: settings.Config) -> Dataset:
         label_sets=_label_sets(table.select(names), config.data),
         columns=_columns(table, (*names, *config.data.keep)),
         has_patients=patients.null_count() < len(patients),
+        masks=_masks(table, inspection.manifest.root) if config.topology.region == "mask" else (),
     )
+
+
+def _masks(table: pl.DataFrame, root: Path) -> tuple[Path | None, ...]:
+    """Checked by `inspect`."""
+    found = locate(root, table["mask"], allow_outside=True)
+    return tuple(None if path is None else root / path for path in found.path)
 
 
 def store_folder(data: settings.Data) -> Path:

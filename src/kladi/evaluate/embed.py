@@ -20,11 +20,9 @@ from torch import nn
 
 from kladi import config as settings
 from kladi.data.dataset import Dataset
-from kladi.data.views import augment
-from kladi.data.views.partners import partners
 from kladi.errors import UserError
 from kladi.evaluate.record.files import write_private
-from kladi.models.fused import Fused
+from kladi.models import fused
 from kladi.structure.taxonomy import Taxonomy
 
 FORMAT, VERSION = "kladi-embeddings", 1
@@ -154,22 +152,18 @@ def embed(
         raise UserError("this encoder carries no intensity pipeline; give embed(..., intensity=) that of its training")
     place = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     n = len(dataset)
-    shown = encoder if isinstance(encoder, Fused) and encoder.sight.given == "another" else None
-    other = partners(dataset.split, dataset.group, dataset.row_id) if shown else np.arange(n)
     features: list[np.ndarray] = []
     outputs: list[np.ndarray] = []
     modules = [encoder] + ([head] if head is not None else [])
     training = [module.training for module in modules]
     for module in modules:
         module.to(place).eval()
+    read = fused.reader(encoder, dataset, pipeline, place)
     try:
         with torch.inference_mode():
             for start in range(0, n, batch):
                 index = np.arange(start, min(start + batch, n))
-                given = [_images(dataset, index, pipeline, place)]
-                if shown is not None:
-                    given += shown.tokens(_images(dataset, other[index], pipeline, place))
-                found = encoder(*given).float()
+                found = encoder(*read(index)).float()
                 features.append(found.cpu().numpy())
                 if head is not None:
                     outputs.append(head(found).float().cpu().numpy())
@@ -179,13 +173,6 @@ def embed(
         for module, was_training in zip(modules, training, strict=True):
             module.train(was_training)
     return describe(dataset, _stacked(features, dataset), z=_stacked(outputs, dataset) if head is not None else None)
-
-
-def _images(
-    dataset: Dataset, rows: Int[np.ndarray, " b"], intensity: settings.Intensity, device: torch.device
-) -> Float32[torch.Tensor, "b C S S"]:
-    pixels = torch.as_tensor(dataset.store.gather(rows)).to(device)
-    return augment.plain(pixels, dataset.store.extent[rows], intensity)
 
 
 def describe(

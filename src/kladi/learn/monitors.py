@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from kladi import config as settings
 from kladi.data.dataset import TRAIN, Dataset
-from kladi.data.views import augment, philox
-from kladi.models.fused import Fused
+from kladi.data.views import philox
+from kladi.models.fused import Fused, reader
 from kladi.models.topology import EXPERTS
 
 ROWS = 512
@@ -78,12 +78,11 @@ def embeddings(
     training = [module.training for module in modules]
     for module in modules:
         module.eval()
+    read = reader(encoder, dataset, intensity, device)
     parts: list[Tensor] = []
     gates: list[Tensor] = []
     for start in range(0, len(rows), batch):
-        index = rows[start : start + batch]
-        pixels = torch.from_numpy(dataset.store.gather(index)).to(device)
-        parts.append(projector(encoder(augment.plain(pixels, dataset.store.extent[index], intensity))).float().cpu())
+        parts.append(projector(encoder(*read(rows[start : start + batch]))).float().cpu())
         if isinstance(encoder, Fused) and encoder.mixture.gate is not None:
             gates.append(encoder.mixture.gate.float().cpu())
     for module, was_training in zip(modules, training, strict=True):

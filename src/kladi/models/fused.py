@@ -5,18 +5,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from kladi import config as settings
+from kladi.data.dataset import Dataset
+from kladi.data.views import whole
 from kladi.data.views.batch import Diagrams
-from kladi.data.views.region import Looks, masks
+from kladi.data.views.partners import partners
+from kladi.data.views.region import Looks, foregrounds
 from kladi.errors import UserError
 from kladi.models import backbones, weights
 from kladi.models.backbones import Encoder, Match
@@ -31,7 +36,7 @@ LARGE = (1000, 128)
 
 EMBED, OUT = 256, 512
 """Lengths of what each of the two encoders gives, and of their mixture."""
-SEEN, GIVEN, REGIONS = ("both", "diagram"), ("own", "none", "another"), ("whole", "foreground")
+SEEN, GIVEN, REGIONS = ("both", "diagram"), ("own", "none", "another"), ("whole", "foreground", "mask")
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Sight:
 
     size: name in `SIZES`, of the diagram encoder. side: of the square that diagrams are made of. sees: "both" the image
     and its diagram, or the "diagram" alone. given: whose diagrams it is trained with: the image's "own", "none", or
-    those of "another" image. region: of the image that its diagram is made of, "whole" or "foreground".
+    those of "another" image. region: of the image that its diagram is made of, "whole", "foreground" or "mask".
     """
 
     size: str
@@ -53,6 +58,11 @@ class Sight:
     def tokens(self) -> tuple[int, int]:
         """Points of H0 and of H1 that are kept of a diagram."""
         return SIZES[self.size].k0, SIZES[self.size].k1
+
+    @property
+    def alone(self) -> bool:
+        """Whether an image alone tells what its diagram is to be."""
+        return self.given != "another" and self.region != "mask"
 
     @property
     def width(self) -> int:
@@ -96,19 +106,23 @@ class Fused(Encoder):
         """Image and diagram to one vector."""
         return self.mixture(self.visual(super().forward(image)), self.topology(points, mask))
 
-    def tokens(self, image: Float[Tensor, "B C H W"]) -> tuple[Tensor, Tensor]:
+    def tokens(
+        self, image: Float[Tensor, "B C H W"], masks: Sequence[Bool[np.ndarray, "H W"]] = ()
+    ) -> tuple[Tensor, Tensor]:
         """Points [B, k, 2], in the precision of the diagram encoder, and mask bool[B, k], of these images' diagrams; no
         point where the encoder was trained without."""
         none = self.sight.given == "none"
-        diagrams = [Diagram.empty()] * len(image) if none else self.diagrams(image)
+        diagrams = [Diagram.empty()] * len(image) if none else self.diagrams(image, masks)
         found = Diagrams.of(diagrams, *self.sight.tokens)
         return found.points.to(image.device, next(self.topology.parameters()).dtype), found.mask.to(image.device)
 
-    def diagrams(self, image: Float[Tensor, "B C H W"]) -> list[Diagram]:
-        """Of images as the encoder sees them, each normalised by its own range."""
+    def diagrams(self, image: Float[Tensor, "B C H W"], masks: Sequence[Bool[np.ndarray, "H W"]] = ()) -> list[Diagram]:
+        """Of images as the encoder sees them, each normalised by its own range; without masks of the whole of each, or
+        of its foreground where that was trained on."""
         mean, std = (torch.tensor(x).view(1, -1, 1, 1) for x in (self.intensity.mean, self.intensity.std))
         x = image.detach().cpu() * std + mean
-        return [diagram(v) for v in Looks.of(x, self.sight.side, masks(x, self.sight.region)).v(x)]
+        where = foregrounds(x) if self.sight.region == "foreground" and not len(masks) else masks
+        return [diagram(v) for v in Looks.of(x, self.sight.side, where).v(x)]
 
     def description(self) -> dict[str, Any]:
         """What `load` needs to build it again."""
@@ -132,6 +146,27 @@ class DiagramAlone(Fused):
         self, image: Float[Tensor, "B C H W"], points: Float[Tensor, "B k 2"], mask: Bool[Tensor, "B k"]
     ) -> Float[Tensor, "B F"]:
         return self.topology(points, mask)
+
+
+def reader(
+    encoder: nn.Module, dataset: Dataset, intensity: settings.Intensity, device: torch.device
+) -> Callable[[np.ndarray], tuple[Tensor, ...]]:
+    """rows -> what the encoder is called with in evaluation: their images, and where it does not find their diagrams by
+    itself these too, by the masks of the data set, or those of other images where it was trained with such."""
+    sight = encoder.sight if isinstance(encoder, Fused) else None
+    other = np.arange(len(dataset))
+    if sight is not None and sight.given == "another":
+        other = partners(dataset.split, dataset.group, dataset.row_id)
+
+    def read(rows: np.ndarray) -> tuple[Tensor, ...]:
+        image = whole.images(dataset, rows, intensity, device)
+        if not isinstance(encoder, Fused) or encoder.sight.alone:
+            return (image,)
+        of = other[rows]
+        shown = whole.images(dataset, of, intensity, device)
+        return (image, *encoder.tokens(shown, whole.masks(dataset, of, shown, encoder.sight.region)))
+
+    return read
 
 
 def side_of(topology: settings.Topology, size: int) -> int:
@@ -167,9 +202,9 @@ def load(run: str | Path) -> Encoder:
     if described is None:
         return encoder
     with torch.random.fork_rng(devices=[]):  # as for the image encoder
-        whole = around(encoder, described)
-    _fill(whole, Path(run))
-    return whole.eval()
+        found = around(encoder, described)
+    _fill(found, Path(run))
+    return found.eval()
 
 
 def load_weights(encoder: Encoder, path: str | Path) -> Match:
@@ -207,12 +242,12 @@ def description(run: Path) -> Sight | None:
     raise UserError(f"{run}/config.json: its diagram encoder is described as {found}; the run is damaged")
 
 
-def _fill(whole: Fused, run: Path) -> None:
+def _fill(encoder: Fused, run: Path) -> None:
     """The run's weights of everything round the image encoder."""
     prefix, file = "encoder.", run / "head.safetensors"
     tensors = {n.removeprefix(prefix): t for n, t in weights.read(file).items() if n.startswith(prefix)}
-    wanted = {name: tensor for name, tensor in whole.state_dict().items() if not name.startswith("model.")}
+    wanted = {name: tensor for name, tensor in encoder.state_dict().items() if not name.startswith("model.")}
     differences = weights.compare(weights.promises(tensors), weights.promises(wanted))
     if differences:
         raise UserError(f"{file}: {differences[0]}")
-    whole.load_state_dict(tensors, strict=False)
+    encoder.load_state_dict(tensors, strict=False)

@@ -118,8 +118,9 @@ def arms(study: Study) -> tuple[Arm, ...]:
     used: set[str] = set()
     for method in study.methods:
         config = settings.override(study.config, method.settings)
-        if study.trained and config.topology.diagrams == "another":
-            raise UserError(f'methods.{method.name}: topology.diagrams = "another" is measured frozen, not fine-tuned')
+        for key, word in (("diagrams", "another"), ("region", "mask")):
+            if study.trained and getattr(config.topology, key) == word:
+                raise UserError(f'methods.{method.name}: topology.{key} = "{word}" is measured frozen, not fine-tuned')
         kind = "embedded" if method.embeddings else _kind(config, method.after)
         before = next((arm for arm in found if arm.name == method.after), None)
         if method.after and (before is None or before.kind != "pretrained"):

@@ -86,7 +86,7 @@ def faults(located: Located, row: pl.Series, root: Path) -> list[Finding]:
         what = f"none of the {len(state):,} files is there; paths are relative to {root.resolve()}"
         found.append(Finding("M5", "error", what, tuple(row.to_list())))
     else:
-        for kind, (code, severity, what) in _FAULTS.items():
+        for kind, (code, severity, what) in FAULTS.items():
             rows = tuple(row.filter(state == kind).to_list())
             if rows:
                 found.append(Finding(code, severity, what, rows))
@@ -95,7 +95,7 @@ def faults(located: Located, row: pl.Series, root: Path) -> list[Finding]:
     return found
 
 
-_FAULTS: dict[int, tuple[str, Severity, str]] = {
+FAULTS: dict[int, tuple[str, Severity, str]] = {
     MISSING: ("M5", "left out", "file missing"),
     BLANK: ("M5", "left out", "no path"),
     FOLDER: ("M6", "error", "the path is a folder; give the folder itself as DATA"),
@@ -105,6 +105,7 @@ _FAULTS: dict[int, tuple[str, Severity, str]] = {
     SPECIAL: ("M7", "error", "a device, pipe or socket, no file"),
     REMOTE: ("M7", "error", "an address, no file; nothing is fetched: copy the files and name them"),
 }
+"""State -> code, severity for an image, and words."""
 
 _FILE_URL = r"^(?i:file:)"
 _REMOTE = r"^[A-Za-z][A-Za-z0-9+.-]+:/"  # a drive has one letter

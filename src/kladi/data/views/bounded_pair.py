@@ -22,11 +22,12 @@ from torch import Tensor
 from kladi import __version__
 from kladi import config as settings
 from kladi.data.dataset import TRAIN, Dataset
-from kladi.data.views import augment, bounded, philox
+from kladi.data.views import bounded, philox
 from kladi.data.views.batch import Diagrams, View
 from kladi.data.views.calibration import GRID, Original, Range, Reach, Strengths, calibrate, require_enough
 from kladi.data.views.partners import partners
-from kladi.data.views.region import Looks, Region, masks
+from kladi.data.views.region import Looks, Region
+from kladi.data.views.whole import masks, pictures
 from kladi.errors import UserError
 from kladi.structure.topology import BANDS, Diagram, diagram
 
@@ -102,7 +103,7 @@ class BoundedPair:
         new = np.flatnonzero(np.isnan(self._unit[rows]))
         if len(new):
             some, index = x[torch.from_numpy(new)], rows[new]
-            looks = Looks.of(some, self.side, masks(some, self.config.topology.region))
+            looks = Looks.of(some, self.side, masks(self.dataset, index, some, self.config.topology.region))
             self._low[index], self._high[index] = looks.low, looks.high
             self._regions |= dict(zip(index.tolist(), looks.regions, strict=True))
             self._unit[index] = Original.of(some, self.dataset.row_id[index], looks).unit  # last: it says who was met
@@ -170,7 +171,7 @@ def strengths_of(
         if say is not None:
             say("topology", f"measuring how far {len(bounded.OPERATIONS)} operations move {len(rows)} diagrams, once")
         x = pictures(dataset, rows, config.intensity)
-        looks = Looks.of(x, side, masks(x, config.topology.region))
+        looks = Looks.of(x, side, masks(dataset, rows, x, config.topology.region))
         found = calibrate(x, dataset.row_id[rows], looks, config.train.seed)
         kept = _kept(file, written(found))
         if not kept and say is not None:
@@ -235,14 +236,6 @@ def _sample(dataset: Dataset, config: settings.Config) -> Int[np.ndarray, " m"]:
     order = rows[philox.epoch_order(config.train.seed, 0, dataset.row_id[rows])]
     _, first = np.unique(dataset.group[order], return_index=True)
     return order[np.sort(first)][: config.topology.calibration]
-
-
-def pictures(
-    dataset: Dataset, rows: Int[np.ndarray, " b"], intensity: settings.Intensity
-) -> Float32[Tensor, "b C S S"]:
-    """Whole images in [0, 1], before normalisation, on the CPU."""
-    bare = dataclasses.replace(intensity, mean=(0.0,), std=(1.0,))
-    return augment.plain(dataset.store.gather(rows), dataset.store.extent[rows], bare).clamp_(0, 1)
 
 
 def _normalised(x: Float32[Tensor, "b C S S"], intensity: settings.Intensity) -> Float32[Tensor, "b C S S"]:

@@ -104,11 +104,6 @@ class Looks:
         return np.stack(levels), insides
 
 
-def masks(images: Float[Tensor, "b C S S"], region: str) -> list[Bool[np.ndarray, "S S"]]:
-    """Where diagrams look, in the words of `topology.region`; none: everywhere."""
-    return foregrounds(images) if region == "foreground" else []
-
-
 def foregrounds(images: Float[Tensor, "b C S S"]) -> list[Bool[np.ndarray, "S S"]]:
     """Of each image the thing in front of its ground, found by grey level alone.
 

@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from kladi import config as settings
 from kladi.data.dataset import Dataset
-from kladi.data.views import augment
+from kladi.data.views import whole
 from kladi.data.views.batch import Batch
 from kladi.data.views.loader import Loader
 from kladi.evaluate import metrics
@@ -177,7 +177,7 @@ def begin(
     rows = np.concatenate([part.rows(TRAIN), part.rows(VAL)])
     with torch.no_grad():
         for index in blocks(rows):
-            features[index] = own(plain(dataset, index, intensity, device)).float().cpu().numpy()
+            features[index] = own(whole.images(dataset, index, intensity, torch.device(device))).float().cpu().numpy()
     return Start(own, *_probe(features, task, part))
 
 
@@ -198,17 +198,10 @@ def _settle_statistics(
     device = next(encoder.parameters()).device
     for index in blocks(rows):
         if len(index) > 1:
-            encoder(plain(dataset, index, intensity, str(device)))
+            encoder(whole.images(dataset, index, intensity, device))
     for layer, momentum in zip(layers, before, strict=True):
         layer.momentum = momentum
     encoder.eval()
-
-
-def plain(
-    dataset: Dataset, index: Int[np.ndarray, " b"], intensity: settings.Intensity, device: str
-) -> Float32[Tensor, "b C S S"]:
-    pixels = torch.from_numpy(dataset.store.gather(index)).to(device)
-    return augment.plain(pixels, dataset.store.extent[index], intensity)
 
 
 def blocks(rows: Int[np.ndarray, " m"]) -> Iterator[Int[np.ndarray, " b"]]:
@@ -299,7 +292,7 @@ def log_probabilities(
     model.eval()
     parts = [torch.zeros(0, model.head.out_features if judge is None else len(judge.column))]
     for index in blocks(rows):
-        logits = model(plain(dataset, index, intensity, str(device))).float()
+        logits = model(whole.images(dataset, index, intensity, device)).float()
         log_p = functional.log_softmax(logits, dim=1) if judge is None else judge.log_p(logits)
         parts.append(log_p.cpu())
     return torch.cat(parts)

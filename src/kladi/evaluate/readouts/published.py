@@ -22,9 +22,9 @@ from torch.nn import functional
 
 from kladi import config as settings
 from kladi.data.dataset import Dataset
-from kladi.data.views import philox
+from kladi.data.views import philox, whole
 from kladi.evaluate.answers import Answers, Task, column_of
-from kladi.evaluate.readouts.finetune import Classifier, log_probabilities, plain
+from kladi.evaluate.readouts.finetune import Classifier, log_probabilities
 from kladi.evaluate.readouts.regimes import Part, cannot
 from kladi.evaluate.splits import TEST, TRAIN, VAL
 from kladi.learn.training import seed_of
@@ -126,7 +126,7 @@ def _train(
         for index in _batches(dataset, part.rows(TRAIN), recipe.batch, seed, epoch):
             model.train()
             model.encoder.train(not frozen or recipe.adapting)
-            loss = functional.cross_entropy(model(plain(dataset, index, intensity, str(device))), code[index])
+            loss = functional.cross_entropy(model(whole.images(dataset, index, intensity, device)), code[index])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from kladi.data.dataset import TRAIN, Dataset
-from kladi.data.views import augment
+from kladi.data.views import whole
 from kladi.evaluate.embed import Embeddings
 from kladi.evaluate.record.atlas import top_names
 from kladi.models.fused import DiagramAlone, Fused
@@ -62,9 +62,8 @@ def _looked(encoder: Fused, dataset: Dataset, rows: np.ndarray) -> list[tuple[np
     out = []
     for start in range(0, len(rows), BATCH):
         index = rows[start : start + BATCH]
-        pixels = torch.as_tensor(dataset.store.gather(index)).to(place)
-        image = augment.plain(pixels, dataset.store.extent[index], encoder.intensity)
-        points, mask = encoder.tokens(image)
+        image = whole.images(dataset, index, encoder.intensity, place)
+        points, mask = encoder.tokens(image, whole.masks(dataset, index, image, encoder.sight.region))
         encoder(image, points, mask)
         gate = encoder.mixture.gate
         gates = torch.zeros(len(index), len(EXPERTS)) if gate is None else gate

@@ -1,0 +1,64 @@
+"""Whole, unaugmented images of a data set, and where in each of them its diagram is made."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32, Int
+from torch import Tensor
+
+from kladi import config as settings
+from kladi.data.dataset import Dataset
+from kladi.data.pixels import masks as mask_files
+from kladi.data.views import augment
+from kladi.data.views.region import foregrounds
+from kladi.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def images(
+    dataset: Dataset, rows: Int[np.ndarray, " b"], intensity: settings.Intensity, device: torch.device = CPU
+) -> Float32[Tensor, "b C S S"]:
+    """As an encoder of this pipeline sees them in evaluation."""
+    pixels = torch.as_tensor(dataset.store.gather(rows)).to(device, non_blocking=True)
+    return augment.plain(pixels, dataset.store.extent[rows], intensity)
+
+
+def pictures(
+    dataset: Dataset, rows: Int[np.ndarray, " b"], intensity: settings.Intensity
+) -> Float32[Tensor, "b C S S"]:
+    """The same in [0, 1], before normalisation, on the CPU."""
+    return images(dataset, rows, dataclasses.replace(intensity, mean=(0.0,), std=(1.0,))).clamp_(0, 1)
+
+
+def masks(
+    dataset: Dataset, rows: Int[np.ndarray, " b"], seen: Float[Tensor, "b C S S"], region: str
+) -> list[Bool[np.ndarray, "S S"]]:
+    """Where the diagrams of these rows look, in the words of `topology.region`; none: everywhere.
+
+    Args:
+        seen: the images of the rows, whose grey levels tell the foreground.
+
+    Raises:
+        UserError: a mask that cannot be read, or masks that were not read with the data.
+    """
+    if region == "foreground":
+        return foregrounds(seen)
+    return [_mask(dataset, int(row), seen.shape[-1]) for row in rows] if region == "mask" else []
+
+
+def _mask(dataset: Dataset, row: int, size: int) -> Bool[np.ndarray, "S S"]:
+    """Nothing where the row has no mask, which is everything."""
+    if not dataset.masks:
+        raise UserError('topology.region = "mask": this data set was read without its masks; set it for the data too')
+    path = dataset.masks[row]
+    if path is None:
+        return np.zeros((size, size), dtype=bool)
+    extent, side = dataset.store.extent[row], dataset.store.gather(np.array([row])).shape[-1]
+    inside = mask_files.read(path, extent, side, int(dataset.manifest_row[row]))
+    bare = settings.Intensity(size=size, channels=1, mean=(0.0,), std=(1.0,))
+    laid = augment.plain((inside * np.uint8(255))[None, None], extent[None], bare)
+    return laid[0, 0].numpy() > 0.5
