@@ -52,6 +52,10 @@ def said(capsys, *arguments):
         (["list", "objektives"], ["objectives"]),
         (["pretrain", "x", "--out", "o", "--config", "absent.toml"], ["absent.toml"]),
         (["check", "x", "--taxonomy"], ["--taxonomy"]),
+        (
+            ["pretrain", "x", "--out", "o", "--topology.side", "32"],
+            ["--topology.side has no say without --topology.on true"],
+        ),
     ],
 )
 def test_x6_a_mistake_is_one_line_and_exit_2(capsys, tmp_path, arguments, words):

@@ -114,6 +114,16 @@ def test_each_is_its_criterion_of_what_its_heads_say():
     torch.testing.assert_close(barlow.total(barlow(one)), BarlowTwinsLoss(0.005)(z))
 
 
+def test_what_each_embedding_is_compared_with():
+    assert {name: built(name).others(8, 2) for name in [*NAMES, "simclr"]} == {
+        "barlow_twins": 0,
+        "byol": 0,
+        "dino": 0,
+        "moco_v3": 7,
+        "simclr": 15,
+    }
+
+
 def test_views_pass_one_by_one():
     """Batch statistics are those of a view: another second view changes nothing of the first."""
     objective = built("barlow_twins").train()

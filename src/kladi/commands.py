@@ -121,6 +121,7 @@ def pretrain(data: Path, config: settings.Config, out: Path, *, resume: bool, fo
     follows = ranks.follows(config.train)
     if follows and ranks.started_here():
         signals.end_with(os.getppid())
+    _require_topology(config)
     dataset, inspection = load.load(data, config)
     if follows:  # the process that leads the run says all there is to say
         fit(dataset, config, out, resume=resume)
@@ -134,10 +135,20 @@ def pretrain(data: Path, config: settings.Config, out: Path, *, resume: bool, fo
         return 0
     fit(dataset, config, out, resume=resume, force_unlock=force_unlock, notes=summary.notes(inspection))
     _line("wrote", f"{out}/model.safetensors, metrics.jsonl")
-    call = f'timm.create_model("{config.encoder.name}", num_classes=0, in_chans={config.intensity.channels}, '
-    _line("in timm", f'{call}checkpoint_path="{out}/model.safetensors")')
+    if config.topology.sees != "diagram":
+        call = f'timm.create_model("{config.encoder.name}", num_classes=0, in_chans={config.intensity.channels}, '
+        _line("in timm", f'{call}checkpoint_path="{out}/model.safetensors")')
     _line("next", f"kladi evaluate {out} {data} --out {out}/eval")
     return 0
+
+
+def _require_topology(config: settings.Config) -> None:
+    """Whoever asks for some topology means it."""
+    if not config.topology.on:
+        usual = settings.Config().topology
+        asked = [key for key, value in vars(config.topology).items() if value != getattr(usual, key)]
+        if asked:
+            raise UserError(f"--topology.{asked[0]} has no say without --topology.on true")
 
 
 def embed(run: Path, data: Path, out: Path, overrides: Mapping[str, str]) -> int:

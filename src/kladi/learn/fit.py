@@ -357,8 +357,9 @@ def _batch(t: Training) -> str:
     images, world, chunk = t.loader.batch, t.fabric.world_size, t.config.train.chunk
     at_a_time = f", {chunk} at a time" if 0 < chunk < images // world else ""
     processes = f", by {world} processes" if world > 1 else ""
-    others = training.VIEWS * images - 1
-    return f"{images:,} images in {training.VIEWS} views{at_a_time}{processes}; {others:,} others for each anchor"
+    others = t.objective.others(images, training.VIEWS)
+    compared = f"; {others:,} others for each anchor" if others else ""
+    return f"{images:,} images in {training.VIEWS} views{at_a_time}{processes}{compared}"
 
 
 def _formula(parts: Mapping[str, float]) -> str:

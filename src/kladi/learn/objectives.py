@@ -101,6 +101,10 @@ class Supervised(nn.Module):
         """The scalar to minimise."""
         return sum((self.weights[name] * term for name, term in terms.items()), start=next(iter(terms.values())) * 0)
 
+    def others(self, images: int, views: int) -> int:
+        """Embeddings of a batch that each is compared with."""
+        return views * images - 1
+
     def learned(self) -> dict[str, float]:
         """Arguments that training has changed, as they are now: a learned curvature."""
         found = next((module for module in self.modules() if isinstance(module, LearnedCurvature)), None)

@@ -24,6 +24,7 @@ from typing_extensions import override
 from kladi.data.views.batch import Batch, View
 from kladi.learn import ranks
 from kladi.learn.objectives import Progress, Supervised, Term
+from kladi.losses import MoCoV3Loss
 from kladi.models.heads import Prototypes
 
 STATISTICS = (nn.modules.batchnorm._BatchNorm,)
@@ -106,6 +107,12 @@ class Siamese(Supervised):
         features = torch.stack([target["encoder"](*view.inputs) for view in batch.views], dim=1)
         gathered = ranks.rows_of_all(features).transpose(0, 1)
         return torch.stack([target["last"](target["projector"](view)) for view in gathered])
+
+    @override
+    def others(self, images: int, views: int) -> int:
+        """Those of another view's images, where the criterion tells images apart; else none."""
+        (criterion,) = self.losses.values()
+        return images - 1 if isinstance(criterion, MoCoV3Loss) else 0
 
     @override
     def before_step(self, progress: Progress) -> None:
