@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kladi import evaluate, losses
+    from kladi.models.factors.estimator import HierarchicalFactorModel
     from kladi.models.fused import load
     from kladi.structure.labelset import LabelSets
+    from kladi.structure.lattice import Lattice
     from kladi.structure.taxonomy import Taxonomy
 
 __version__ = "0.1.0"
-__all__ = ["LabelSets", "Taxonomy", "__version__", "evaluate", "load", "losses"]
+__all__ = ["HierarchicalFactorModel", "LabelSets", "Lattice", "Taxonomy", "__version__", "evaluate", "load", "losses"]
 
 
 def __getattr__(name: str) -> Any:
@@ -26,6 +28,14 @@ def __getattr__(name: str) -> Any:
         from kladi.structure.labelset import LabelSets
 
         return LabelSets
+    if name == "Lattice":
+        from kladi.structure.lattice import Lattice
+
+        return Lattice
+    if name == "HierarchicalFactorModel":
+        from kladi.models.factors.estimator import HierarchicalFactorModel
+
+        return HierarchicalFactorModel
     if name == "load":
         from kladi.models.fused import load
 

@@ -1,0 +1,1 @@
+"""Several modalities of one patient: globally shared, partially shared and private factors."""

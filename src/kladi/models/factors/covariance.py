@@ -1,0 +1,188 @@
+"""Covariance of all modalities together, from matrices of patients or as it is: what the estimator asks of data.
+
+It is asked for products with few columns and for small projections, so that d x d numbers need never exist.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Float64, Int
+
+DENSE = 2_000
+"""Features of all modalities up to which the covariance is written out."""
+PASSES, SPARE, SETTLED = 40, 10, 1e-7
+"""Of the subspace iteration: products at most, columns beyond those asked for, relative change at which it ends."""
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Written out.
+
+    matrix: symmetric [d, d], modalities one after another. sizes: features of each modality; d is their sum.
+    """
+
+    matrix: Float64[np.ndarray, "d d"]
+    sizes: tuple[int, ...]
+
+    def times(self, w: Float64[np.ndarray, "d c"]) -> Float64[np.ndarray, "d c"]:
+        """S W."""
+        return self.matrix @ w
+
+    def within(self, modality: int, w: Float64[np.ndarray, "d_m c"]) -> Float64[np.ndarray, "d_m c"]:
+        """S_mm W."""
+        place = places(self.sizes)[modality]
+        return self.matrix[place, place] @ w
+
+    def variance(self, modality: int) -> float:
+        """tr S_mm."""
+        place = places(self.sizes)[modality]
+        return float(np.trace(self.matrix[place, place]))
+
+    def projected(self, bases: Sequence[Float64[np.ndarray, "_ _"]]) -> Dense:
+        """Q^T S Q with the bases as diagonal blocks of Q."""
+        q = block_diagonal(bases)
+        return Dense(q.T @ self.matrix @ q, tuple(basis.shape[1] for basis in bases))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Of matrices in which patients are rows; a modality may lack some of them.
+
+    A block is the unbiased covariance of the patients that have both of its modalities, about each modality's own mean.
+
+    tables: float[n_m, d_m], of the patients that have the modality. patients: int64[n_m], who they are. means: [d_m].
+    """
+
+    tables: tuple[Float[np.ndarray, "_ _"], ...]
+    patients: tuple[Int[np.ndarray, " _"], ...]
+    means: tuple[Float64[np.ndarray, " _"], ...]
+
+    @classmethod
+    def of(cls, tables: Sequence[Float[np.ndarray, "n _"]], present: Bool[np.ndarray, "n M"]) -> Rows:
+        """present: bool[n, M]; a table is not copied where all have it."""
+        kept = [x if present[:, m].all() else x[present[:, m]] for m, x in enumerate(tables)]
+        who = tuple(np.flatnonzero(present[:, m]) for m in range(len(tables)))
+        return cls(tuple(kept), who, tuple(x.mean(axis=0, dtype=np.float64) for x in kept))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(x.shape[1] for x in self.tables)
+
+    def times(self, w: Float64[np.ndarray, "d c"]) -> Float64[np.ndarray, "d c"]:
+        parts = [w[place] for place in places(self.sizes)]
+        scores = [self._scores(k, part) for k, part in enumerate(parts)]
+        out = []
+        for m in range(len(self.tables)):
+            total = np.zeros((len(self.patients[m]), w.shape[1]))
+            for k, score in enumerate(scores):
+                mine, theirs = self._shared(m, k)
+                total[mine] += score[theirs] / (len(mine) - 1)
+            # Where all are there the scores sum to zero, and the mean has no say; elsewhere it has.
+            found = self._transposed(m, total)
+            out.append(found - np.outer(self.means[m], total.sum(axis=0)))
+        return np.concatenate(out)
+
+    def within(self, modality: int, w: Float64[np.ndarray, "d_m c"]) -> Float64[np.ndarray, "d_m c"]:
+        score = self._scores(modality, w)
+        found = self._transposed(modality, score) - np.outer(self.means[modality], score.sum(axis=0))
+        return found / (len(score) - 1)
+
+    def variance(self, modality: int) -> float:
+        x = self.tables[modality]
+        return float(x.var(axis=0, ddof=1, dtype=np.float64).sum())
+
+    def projected(self, bases: Sequence[Float64[np.ndarray, "_ _"]]) -> Dense:
+        scores = [self._scores(m, basis) for m, basis in enumerate(bases)]
+        rows = []
+        for m, left in enumerate(scores):
+            row = []
+            for k, right in enumerate(scores):
+                mine, theirs = self._shared(m, k)
+                row.append(left[mine].T @ right[theirs] / (len(mine) - 1))
+            rows.append(row)
+        return Dense(np.block(rows), tuple(basis.shape[1] for basis in bases))
+
+    def written_out(self) -> Dense:
+        """All of it."""
+        return self.projected([np.eye(size) for size in self.sizes])
+
+    def _shared(self, m: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of both tables that are the same patients."""
+        if m == k or len(self.patients[m]) == len(self.patients[k]) == self._all:
+            every = np.arange(len(self.patients[m]))
+            return every, every
+        _, mine, theirs = np.intersect1d(self.patients[m], self.patients[k], assume_unique=True, return_indices=True)
+        return mine, theirs
+
+    @functools.cached_property
+    def _all(self) -> int:
+        return 1 + max(int(who[-1]) if len(who) else -1 for who in self.patients)
+
+    def _scores(self, m: int, w: np.ndarray) -> Float64[np.ndarray, "n_m c"]:
+        """(x - mean) W without a centred copy of x."""
+        x = self.tables[m]
+        return (x @ w.astype(x.dtype)).astype(np.float64) - self.means[m] @ w
+
+    def _transposed(self, m: int, score: np.ndarray) -> Float64[np.ndarray, "d_m c"]:
+        x = self.tables[m]
+        return (x.T @ score.astype(x.dtype)).astype(np.float64)
+
+
+Covariance = Dense | Rows
+
+
+def leading(
+    covariance: Covariance, rank: int, *, modality: int | None = None
+) -> tuple[Float64[np.ndarray, " k"], Float64[np.ndarray, "d k"]]:
+    """The largest eigenvalues, falling, and their vectors; of one modality's block, or of the whole.
+
+    Exact where the matrix is written out; else by subspace iteration with Rayleigh-Ritz values, until they settle.
+    """
+    size = sum(covariance.sizes) if modality is None else covariance.sizes[modality]
+    rank = min(rank, size)
+    if isinstance(covariance, Dense):
+        place = slice(None) if modality is None else places(covariance.sizes)[modality]
+        values, vectors = np.linalg.eigh(covariance.matrix[place, place])
+        return values[::-1][:rank], vectors[:, ::-1][:, :rank]
+    product = covariance.times if modality is None else functools.partial(covariance.within, modality)
+    width = min(size, rank + SPARE)
+    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(size, width)))[0]
+    before = np.full(rank, np.inf)
+    values, turned = before, basis
+    for _ in range(PASSES):
+        image = product(basis)
+        small, turns = np.linalg.eigh((basis.T @ image + image.T @ basis) / 2)
+        values, turned = small[::-1][:rank], (basis @ turns)[:, ::-1][:, :rank]
+        if np.abs(values - before).max() <= SETTLED * np.abs(values).max():
+            break
+        before, basis = values, np.linalg.qr(image)[0]
+    return values, turned
+
+
+def places(sizes: Sequence[int]) -> list[slice]:
+    """Where each modality's features stand."""
+    ends = np.cumsum((0, *sizes))
+    return [slice(int(a), int(b)) for a, b in itertools.pairwise(ends)]
+
+
+def block_diagonal(parts: Sequence[np.ndarray]) -> Float64[np.ndarray, "d k"]:
+    """Matrices as diagonal blocks of one."""
+    out = np.zeros((sum(p.shape[0] for p in parts), sum(p.shape[1] for p in parts)))
+    top = left = 0
+    for part in parts:
+        out[top : top + part.shape[0], left : left + part.shape[1]] = part
+        top, left = top + part.shape[0], left + part.shape[1]
+    return out
+
+
+def nearest_semidefinite(matrix: Float64[np.ndarray, "d d"]) -> Float64[np.ndarray, "d d"]:
+    """The nearest matrix without negative eigenvalues; blocks from different patients need not fit together."""
+    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    if values[0] >= 0:
+        return matrix
+    return (vectors * np.maximum(values, 0.0)) @ vectors.T
