@@ -9,14 +9,17 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int
 
 DENSE = 2_000
 """Features of all modalities up to which the covariance is written out."""
-PASSES, SPARE, SETTLED = 40, 10, 1e-7
-"""Of the subspace iteration: products at most, columns beyond those asked for, relative change at which it ends."""
+CHUNK = 1_024
+"""Rows that are summed up at a time."""
+PASSES, SETTLED = 40, 1e-7
+"""Of the subspace iteration: products at most, and the relative change of an eigenvalue at which it ends."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Dense:
 
     matrix: Float64[np.ndarray, "d d"]
     sizes: tuple[int, ...]
+    precision: ClassVar[float] = float(np.finfo(np.float64).eps)
 
     def times(self, w: Float64[np.ndarray, "d c"]) -> Float64[np.ndarray, "d c"]:
         """S W."""
@@ -67,13 +71,19 @@ class Rows:
         """present: bool[n, M]; a table is not copied where all have it."""
         kept = [x if present[:, m].all() else x[present[:, m]] for m, x in enumerate(tables)]
         who = tuple(np.flatnonzero(present[:, m]) for m in range(len(tables)))
-        return cls(tuple(kept), who, tuple(x.mean(axis=0, dtype=np.float64) for x in kept))
+        return cls(tuple(kept), who, tuple(mean(x) for x in kept))
 
     @property
     def sizes(self) -> tuple[int, ...]:
         return tuple(x.shape[1] for x in self.tables)
 
+    @property
+    def precision(self) -> float:
+        """Of its products, relative."""
+        return max(float(np.finfo(x.dtype).eps) for x in self.tables)
+
     def times(self, w: Float64[np.ndarray, "d c"]) -> Float64[np.ndarray, "d c"]:
+        """S W."""
         parts = [w[place] for place in places(self.sizes)]
         scores = [self._scores(k, part) for k, part in enumerate(parts)]
         out = []
@@ -93,8 +103,9 @@ class Rows:
         return found / (len(score) - 1)
 
     def variance(self, modality: int) -> float:
-        x = self.tables[modality]
-        return float(x.var(axis=0, ddof=1, dtype=np.float64).sum())
+        """tr S_mm."""
+        x, mean = self.tables[modality], self.means[modality]
+        return float((squares(x, mean)).sum() / (len(x) - 1))
 
     def projected(self, bases: Sequence[Float64[np.ndarray, "_ _"]]) -> Dense:
         scores = [self._scores(m, basis) for m, basis in enumerate(bases)]
@@ -137,31 +148,46 @@ Covariance = Dense | Rows
 
 
 def leading(
-    covariance: Covariance, rank: int, *, modality: int | None = None
-) -> tuple[Float64[np.ndarray, " k"], Float64[np.ndarray, "d k"]]:
-    """The largest eigenvalues, falling, and their vectors; of one modality's block, or of the whole.
+    covariance: Covariance, rank: int, spare: int, modality: int
+) -> tuple[Float64[np.ndarray, " k"], Float64[np.ndarray, "d_m k"]]:
+    """The largest eigenvalues of a modality's block, falling, and their vectors: `rank` of them, and `spare` more that
+    need not be exact.
 
-    Exact where the matrix is written out; else by subspace iteration with Rayleigh-Ritz values, until they settle.
+    Exact where the matrix is written out; else by subspace iteration with Rayleigh-Ritz values until the first settle.
     """
-    size = sum(covariance.sizes) if modality is None else covariance.sizes[modality]
-    rank = min(rank, size)
+    size = covariance.sizes[modality]
+    rank, width = min(rank, size), min(rank + spare, size)
     if isinstance(covariance, Dense):
-        place = slice(None) if modality is None else places(covariance.sizes)[modality]
+        place = places(covariance.sizes)[modality]
         values, vectors = np.linalg.eigh(covariance.matrix[place, place])
-        return values[::-1][:rank], vectors[:, ::-1][:, :rank]
-    product = covariance.times if modality is None else functools.partial(covariance.within, modality)
-    width = min(size, rank + SPARE)
+        return values[::-1][:width], vectors[:, ::-1][:, :width]
     basis = np.linalg.qr(np.random.default_rng(0).normal(size=(size, width)))[0]
-    before = np.full(rank, np.inf)
-    values, turned = before, basis
+    values, turns = np.full(width, np.inf), np.eye(width)
     for _ in range(PASSES):
-        image = product(basis)
+        image = covariance.within(modality, basis)
         small, turns = np.linalg.eigh((basis.T @ image + image.T @ basis) / 2)
-        values, turned = small[::-1][:rank], (basis @ turns)[:, ::-1][:, :rank]
-        if np.abs(values - before).max() <= SETTLED * np.abs(values).max():
+        before, values = values, small[::-1]
+        if np.abs(values[:rank] - before[:rank]).max(initial=0.0) <= SETTLED * np.abs(values).max():
             break
-        before, basis = values, np.linalg.qr(image)[0]
-    return values, turned
+        basis = np.linalg.qr(image)[0]
+    return values, (basis @ turns)[:, ::-1]
+
+
+def mean(x: Float[np.ndarray, "n d"]) -> Float64[np.ndarray, " d"]:
+    """Of each column, in double precision, without a copy of x in it."""
+    total = np.zeros(x.shape[1])
+    for start in range(0, len(x), CHUNK):
+        total += x[start : start + CHUNK].sum(axis=0)
+    return total / len(x)
+
+
+def squares(x: Float[np.ndarray, "n d"], about: Float64[np.ndarray, " d"]) -> Float64[np.ndarray, " d"]:
+    """Sum of squares of each column about a number."""
+    total = np.zeros(x.shape[1])
+    for start in range(0, len(x), CHUNK):
+        part = x[start : start + CHUNK] - about.astype(x.dtype)
+        total += np.einsum("ij,ij->j", part, part)
+    return total
 
 
 def places(sizes: Sequence[int]) -> list[slice]:

@@ -11,7 +11,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from kladi.models.factors import ranks as rank_rule
-from kladi.models.factors.covariance import DENSE, Covariance, Dense, Rows, nearest_semidefinite, places
+from kladi.models.factors.covariance import DENSE, Covariance, Dense, Rows, mean, nearest_semidefinite, places, squares
 from kladi.models.factors.fitting import Noise, fit
 from kladi.models.factors.peeling import unstacked
 from kladi.structure.lattice import Lattice, Structure
@@ -146,10 +146,12 @@ class HierarchicalFactorModel(TransformerMixin, BaseEstimator):
             here = np.flatnonzero(pattern)
             if not len(here):
                 continue
-            x = np.concatenate([(tables[m][those] / self.scales_[m]) - self.means_[m] for m in here], axis=1)
             w = np.concatenate([self.weights_[where[m]] for m in here])
             noise = np.concatenate([np.full(sizes[m], self.noise_by_modality_[m]) for m in here])
-            out[those] = x @ _reader(w, noise, method)
+            readers = np.split(_reader(w, noise, method), np.cumsum([sizes[m] for m in here])[:-1])
+            for m, reader in zip(here, readers, strict=True):
+                x = tables[m] if len(those) == len(present) else tables[m][those]
+                out[those] += x @ (reader / self.scales_[m][:, None]).astype(x.dtype) - self.means_[m] @ reader
         return out
 
     def gram(self, structure: Structure | str, m: int, k: int) -> Float64[np.ndarray, "d_m d_k"]:
@@ -200,7 +202,7 @@ def _small(rows: Rows, *, complete: bool) -> Covariance:
 
 def _deviation(x: np.ndarray) -> Float64[np.ndarray, " d"]:
     """1 for a column that is constant."""
-    found = x.std(axis=0, ddof=1, dtype=np.float64)
+    found = np.sqrt(squares(x, mean(x)) / max(len(x) - 1, 1))
     return np.where(found > 0, found, 1.0)
 
 

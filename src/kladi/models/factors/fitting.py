@@ -25,7 +25,7 @@ from kladi.structure.lattice import Lattice
 Noise = Literal["global", "per_modality"]
 SPARE = 8
 """Directions of each modality that are kept beyond its factors while the first estimate is made."""
-STEPS, TOLERANCE = 1_000, 1e-10
+STEPS, TOLERANCE = 1_000, 1e-8
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ def fit(covariance: Covariance, lattice: Lattice, *, noise: Noise = "global", re
         factors = int(lattice.of_modality(m).sum())
         if factors >= size:
             raise ValueError(f"modality {m} has {size} features for {factors} factors; it needs more than factors")
-    own = [leading(covariance, int(lattice.of_modality(m).sum()) + SPARE, modality=m) for m in range(len(sizes))]
-    variance = noise_of(covariance, lattice, noise, [values for values, _ in own])
+    own = [leading(covariance, int(lattice.of_modality(m).sum()), SPARE, m) for m in range(len(sizes))]
     bases = [vectors for _, vectors in own]
     small = covariance.projected(bases)
+    variance = noise_of(covariance, small, lattice, noise)
     signal = small.matrix - np.diag(np.repeat(variance, small.sizes))
     first = stacked(aligned(peeled(signal, small.sizes, lattice), signal, small.sizes, lattice), small.sizes, lattice)
     if not refine:
@@ -64,23 +64,23 @@ def fit(covariance: Covariance, lattice: Lattice, *, noise: Noise = "global", re
     return Fitted(canonical(whole, sizes, lattice), variance, steps, converged)
 
 
-def noise_of(
-    covariance: Covariance, lattice: Lattice, noise: Noise, largest: list[Float64[np.ndarray, " _"]]
-) -> Float64[np.ndarray, " M"]:
+def noise_of(covariance: Covariance, small: Dense, lattice: Lattice, noise: Noise) -> Float64[np.ndarray, " M"]:
     """Mean of the eigenvalues that no factor explains: of the whole covariance, or of each modality's block.
 
     Args:
-        largest: eigenvalues of each modality's block, its factors' among them.
+        small: the covariance of the leading directions of each modality, which hold those of the whole.
     """
-    sizes = covariance.sizes
-    variance = [covariance.variance(m) for m in range(len(sizes))]
+    sizes, variance = covariance.sizes, [covariance.variance(m) for m in range(len(covariance.sizes))]
     if noise == "per_modality":
+        blocks = [small.matrix[place, place] for place in places(small.sizes)]
         count = [int(lattice.of_modality(m).sum()) for m in range(len(sizes))]
-        rest = [(v - e[:r].sum()) / (d - r) for v, e, r, d in zip(variance, largest, count, sizes, strict=True)]
-        return np.maximum(np.array(rest), 0.0)
-    values, _ = leading(covariance, lattice.width)
-    rest = (sum(variance) - values.sum()) / max(sum(sizes) - lattice.width, 1)
-    return np.full(len(sizes), max(float(rest), 0.0))
+    else:
+        blocks, count, sizes, variance = [small.matrix], [lattice.width], (sum(sizes),), [sum(variance)]
+    found = []
+    for block, rank, size, total in zip(blocks, count, sizes, variance, strict=True):
+        explained = np.linalg.eigvalsh(block)[::-1][:rank].sum()
+        found.append(max(float(total - explained) / max(size - rank, 1), 0.0))
+    return np.array(found if noise == "per_modality" else found * lattice.modalities)
 
 
 def refined(
@@ -100,12 +100,13 @@ def refined(
         value = 0.25 * float((inner * inner).sum()) - 0.5 * float((w * image).sum())
         return value / scale**2, (w @ inner - image)[free] / scale**1.5
 
+    least = covariance.precision  # a line search below it would only follow rounding
     found = minimize(
         objective,
         start[free] / scale**0.5,
         jac=True,
         method="L-BFGS-B",
-        options={"maxiter": STEPS, "ftol": TOLERANCE * 1e-3, "gtol": TOLERANCE, "maxcor": 20},
+        options={"maxiter": STEPS, "ftol": max(1e-3 * TOLERANCE, least), "gtol": max(TOLERANCE, least), "maxcor": 20},
     )
     w = np.zeros_like(start)
     w[free] = found.x * scale**0.5
