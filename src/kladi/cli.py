@@ -167,6 +167,46 @@ def compare(study: Path, /, *, out: Path, workers: int = 1, force_unlock: Switch
 
 
 @app.command
+def factors(
+    *tables: Path,
+    out: Path,
+    ranks: str = "auto",
+    key: str = "",
+    leave_out: str = "",
+    levels: str = "",
+    resamples: int = 20,
+    seed: int = 0,
+) -> int:
+    """Factors that tables of the same patients share, partly share, or have alone.
+
+    Example: kladi factors rna.csv protein.csv clinic.csv --out factors/
+
+    Parameters
+    ----------
+    tables:
+        .csv, .tsv or .parquet, a row a patient, joined by patient id.
+    out:
+        Folder for factors.json, factors.csv and report.html.
+    ranks:
+        Factors of every set of tables, or of each: 0+1+2=3,0+1=2 (tables by their number, from 0); auto: from the data.
+    key:
+        Column of patient ids in every table; found by its name unless given.
+    leave_out:
+        Columns that are not used, with commas between.
+    levels:
+        Columns of text that become one column a value, with commas between.
+    resamples:
+        Halves of the patients that are fitted beside all of them.
+    seed:
+        Of halves, and of the ranks.
+    """
+    from kladi import commands
+
+    asked = [[name for name in text.split(",") if name] for text in (leave_out, levels)]
+    return commands.factors(list(tables), out, ranks, key, asked[0], asked[1], resamples, seed)
+
+
+@app.command
 def report(path: Path, /, *, out: Path | None = None) -> int:
     """Draw report.html again from results.json alone. Example: kladi report runs/a/eval
 

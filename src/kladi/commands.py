@@ -199,6 +199,54 @@ def compare(path: Path, out: Path, *, workers: int, force_unlock: bool) -> int:
     return 0
 
 
+def factors(
+    paths: list[Path],
+    out: Path,
+    ranks: str,
+    key: str,
+    leave_out: list[str],
+    levels: list[str],
+    resamples: int,
+    seed: int,
+) -> int:
+    """factors.json, factors.csv and report.html of tables of the same patients."""
+    import json
+
+    from kladi.data import patient_tables
+    from kladi.data.findings import line
+    from kladi.evaluate.factors import analyse
+    from kladi.report import page
+
+    chosen = _ranks(ranks)
+    if resamples < 0:
+        raise UserError(f"--resamples {resamples}: takes 0 or more")
+    tables = patient_tables.read(paths, key=key, leave_out=leave_out, levels=levels)
+    _head("factors", _count(len(tables.rows), "patient"), _count(len(paths), "table"))
+    for finding in tables.findings:
+        _message(f"{finding.severity:<11}{line(finding)}")
+    file = analyse(tables, out, ranks=chosen, resamples=resamples, seed=seed, say=_message)
+    content = json.loads(file.read_text(encoding="utf-8"))
+    for structure in content["structures"]:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in structure["explained"].items())
+        _line("+".join(structure["tables"]), f"{structure['rank']:>2} factors explain {shares}", width=26)
+    page.write_factors(content, out / "report.html")
+    _line("wrote", f"{file}, {out}/factors.csv, {out}/report.html")
+    return 0
+
+
+def _ranks(text: str) -> int | dict[str, int] | str:
+    """`auto`, a number, or `0+1+2=3,0+1=2`."""
+    if text == "auto":
+        return text
+    try:
+        if "=" not in text:
+            return int(text)
+        pairs = [part.split("=") for part in text.split(",") if part]
+        return {name.strip(): int(number) for name, number in pairs}
+    except ValueError:
+        raise UserError(f"--ranks {text}: takes auto, a number, or 0+1=2,0=1 (tables by their number)") from None
+
+
 def report(path: Path, out: Path | None) -> int:
     """Draw the page again."""
     from kladi.report import page

@@ -23,6 +23,7 @@ from plotly.offline import get_plotlyjs
 
 from kladi.errors import UserError
 from kladi.report import comparison, figures, glossary, shapes, tables
+from kladi.report import factors as factors_page
 from kladi.report import strengths as strengths_page
 
 Results = Mapping[str, Any]
@@ -139,6 +140,26 @@ def write_strengths(strengths: Mapping[str, Any], path: Path) -> None:
     data = {"figures": {} if drawn is None else {"strengths": drawn}}
     said = {"lines": strengths_page.lines(strengths), "skipped": strengths["skipped"]}
     _write_private(path, _filled("strengths.html", data, **said))
+
+
+def write_factors(content: Mapping[str, Any], path: Path) -> None:
+    """A page of a factor model, from the content of factors.json."""
+    drawn, stability = factors_page.figures(content), content.get("stability") or {}
+    halves = f"{stability['n']} of {stability['of']} halves could be fitted." if stability else ""
+    html = _filled(
+        "factors.html",
+        {"figures": drawn},
+        figures=drawn,
+        summary=factors_page.summary(content),
+        loadings=factors_page.loadings(content),
+        ranks=factors_page.stable_ranks(content),
+        halves=halves,
+        patterns=content["patterns"],
+        findings=content["findings"],
+        version=content["kladi"],
+        seed=content["seed"],
+    )
+    _write_private(path, html)
 
 
 def _filled(template: str, data: Mapping[str, Any], **values: Any) -> str:

@@ -1,0 +1,212 @@
+"""Tables of the same patients -> matrices with a row a patient: joined by id at the border, every fault named.
+
+Ids are compared and dropped: what travels on is the row that a patient has in each file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from jaxtyping import Bool, Float64, Int64
+
+from kladi.data.findings import Finding, counted, line, listed, quoted
+from kladi.data.rows import table_files
+from kladi.data.rows.columns import means
+from kladi.errors import UserError, suggestion
+
+MISSING_WORDS = frozenset({"na", "n/a", "nan", "null", "none", "missing", "?", "-", "."})
+"""Cells that say that there is nothing, in any case."""
+LEAST_PATIENTS = 10
+"""That two tables must share."""
+
+
+@dataclass(frozen=True)
+class PatientTables:
+    """Modalities of the same patients.
+
+    names: of the tables. features: of each, the columns that are used. values: float64[n, d_m] of each, a row of NaN
+    where the patient is not in it. rows: int64[n, M], 1-based row in each file, 0 where there is none. findings: what
+    was done and left out, no id in them.
+    """
+
+    names: tuple[str, ...]
+    features: tuple[tuple[str, ...], ...]
+    values: tuple[Float64[np.ndarray, "n _"], ...]
+    rows: Int64[np.ndarray, "n M"]
+    findings: tuple[Finding, ...]
+
+    @property
+    def present(self) -> Bool[np.ndarray, "n M"]:
+        return self.rows > 0
+
+
+@dataclass(frozen=True)
+class _One:
+    """A table by itself. ids: of its rows."""
+
+    name: str
+    ids: list[str]
+    row: list[int]
+    features: tuple[str, ...]
+    values: Float64[np.ndarray, "n d"]
+    findings: tuple[Finding, ...]
+
+
+def read(
+    paths: Sequence[Path], *, key: str = "", leave_out: Sequence[str] = (), levels: Sequence[str] = ()
+) -> PatientTables:
+    """Read the tables and join them.
+
+    Args:
+        paths: .csv, .tsv or .parquet, one a modality.
+        key: the column of ids in all of them; "" finds one that is called like it.
+        leave_out: columns that are not used.
+        levels: columns of text that become one column of 0 and 1 a value.
+
+    Raises:
+        UserError: names the table and the column or row: fewer than two tables, no ids, an id twice, text where numbers
+            belong, infinities, no column left, or tables that share fewer than 10 patients.
+    """
+    if len(paths) < 2:
+        raise UserError(f"{len(paths)} table; factors are shared by two or more: kladi factors a.csv b.csv --out F")
+    again = next((path for i, path in enumerate(paths) if path in paths[:i]), None)
+    if again is not None:
+        raise UserError(f"{again} is named twice; each table is a modality of its own")
+    names = [path.stem for path in paths]
+    if len(set(names)) < len(names):
+        names = [f"{path.parent.name}/{path.stem}" for path in paths]
+    every = [_table(path, name, key, leave_out, levels) for path, name in zip(paths, names, strict=True)]
+    known = {column for one in every for column in (*one.features, *(f.partition("=")[0] for f in one.features))}
+    asked = [column for column in levels if column not in known]
+    if asked:
+        raise UserError(f"--levels {asked[0]} is no column of these tables{suggestion(asked[0], sorted(known))}")
+    place = {patient: i for i, patient in enumerate(dict.fromkeys(p for one in every for p in one.ids))}
+    rows = np.zeros((len(place), len(every)), dtype=np.int64)
+    values = []
+    for m, one in enumerate(every):
+        where = [place[patient] for patient in one.ids]
+        table = np.full((len(place), one.values.shape[1]), np.nan)
+        table[where], rows[where, m] = one.values, one.row
+        values.append(table)
+    _require_meeting(rows > 0, every)
+    findings = [finding for one in every for finding in one.findings]
+    alone = int(((rows > 0).sum(axis=1) == 1).sum())
+    if alone:
+        findings.append(Finding("F1", "warning", f"{counted(alone, 'patient')} in one table only"))
+    return PatientTables(tuple(names), tuple(one.features for one in every), tuple(values), rows, tuple(findings))
+
+
+def _require_meeting(present: Bool[np.ndarray, "n M"], every: list[_One]) -> None:
+    for m, one in enumerate(every):
+        for k in range(m):
+            both = int((present[:, m] & present[:, k]).sum())
+            if both < LEAST_PATIENTS:
+                two = f"{every[k].name} and {one.name}"
+                like = f"; their ids look like {_shape(every[k].ids[0])} and {_shape(one.ids[0])}" if not both else ""
+                raise UserError(f"{two} share {counted(both, 'patient')}; {LEAST_PATIENTS} are needed{like}")
+
+
+def _shape(text: str) -> str:
+    """An id's form without the id: letters as A, digits as 9."""
+    return quoted("".join("9" if c.isdigit() else "A" if c.isalpha() else c for c in text))
+
+
+def _table(path: Path, name: str, key: str, leave_out: Sequence[str], levels: Sequence[str]) -> _One:
+    cells = table_files.read(path)
+    ids_column = _id_column(list(cells.columns), key, path)
+    ids = cells.columns[ids_column]
+    blank = cells.row.filter(ids.is_null()).to_list()
+    if blank:
+        raise UserError(
+            f"{path}: {line(Finding('F2', 'error', f'no id in column {quoted(ids_column)}', tuple(blank)))}"
+        )
+    twice = cells.row.filter(ids.is_duplicated()).to_list()
+    if twice:
+        said = line(Finding("F3", "error", f"a patient twice in column {quoted(ids_column)}", tuple(twice)))
+        raise UserError(f"{path}: {said}; one row a patient is needed")
+    findings: list[Finding] = []
+    features: list[str] = []
+    columns: list[np.ndarray] = []
+    text: list[str] = []
+    for column, raw in cells.columns.items():
+        if column == ids_column or column in leave_out:
+            continue
+        if column in levels:
+            for value in raw.drop_nulls().unique().sort().to_list()[1:]:  # the first is where all others are 0
+                features.append(f"{column}={value}")
+                columns.append((raw == value).cast(pl.Float64).to_numpy())
+            continue
+        numbers = _numbers(raw)
+        if numbers is None:
+            text.append(column)
+            continue
+        infinite = cells.row.filter(pl.Series(np.isinf(numbers))).to_list()
+        if infinite:
+            said = line(Finding("F4", "error", f"infinite values in column {quoted(column)}", tuple(infinite)))
+            raise UserError(f"{path}: {said}")
+        features.append(column)
+        columns.append(numbers)
+    if text:
+        what = listed([quoted(column) for column in text])
+        raise UserError(
+            f"{path}: text where numbers belong in {counted(len(text), 'column')}: {what}; --levels {text[0]} makes a "
+            f"column of each value, --leave-out {text[0]} drops it"
+        )
+    values = np.stack(columns, axis=1) if columns else np.zeros((len(ids), 0))
+    there = np.asarray(~np.isnan(values).all(axis=1))
+    if not there.all():
+        findings.append(Finding("F7", "warning", f"{name}: {counted(int((~there).sum()), 'row')} without any value"))
+    values, features = _filled(values[there], features, name, findings)
+    if not features:
+        raise UserError(f"{path} has no column of numbers that differ between patients")
+    kept = pl.Series(values=there.tolist(), dtype=pl.Boolean)
+    return _One(
+        name, ids.filter(kept).to_list(), cells.row.filter(kept).to_list(), tuple(features), values, tuple(findings)
+    )
+
+
+def _id_column(columns: list[str], key: str, path: Path) -> str:
+    if key:
+        if key not in columns:
+            raise UserError(f"--key {key} is no column of {path}{suggestion(key, columns)}")
+        return key
+    found = [column for column in columns if means(column, "patient_id") or column.casefold() in {"id", ""}]
+    if len(found) != 1:
+        what = f"{len(found)} columns that could be patient ids" if found else "no column of patient ids"
+        raise UserError(f"{path} has {what}; --key COLUMN names it; columns: {listed([quoted(c) for c in columns], 8)}")
+    return found[0]
+
+
+def _numbers(raw: pl.Series) -> Float64[np.ndarray, " n"] | None:
+    """Floats, NaN where blank; None where a cell is text."""
+    text = raw.set(raw.str.to_lowercase().is_in(list(MISSING_WORDS)), None)
+    numbers = text.cast(pl.Float64, strict=False)
+    if (numbers.is_null() & text.is_not_null()).any() or (len(text) and text.is_null().all()):
+        return None if not text.is_null().all() else np.full(len(raw), np.nan)
+    return numbers.fill_null(float("nan")).to_numpy().astype(np.float64)
+
+
+def _filled(
+    values: Float64[np.ndarray, "n d"], features: list[str], name: str, findings: list[Finding]
+) -> tuple[Float64[np.ndarray, "n k"], list[str]]:
+    """Without columns that say nothing; blanks become the mean of their column."""
+    missing = np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        seen = np.where(missing, 0.0, values)
+        count = np.maximum((~missing).sum(axis=0), 1)
+        mean = seen.sum(axis=0) / count
+        spread = np.where(missing, 0.0, np.abs(values - mean)).max(axis=0, initial=0.0)
+    kept = spread > 1e-12 * np.maximum(np.abs(mean), 1e-300)
+    constant = [quoted(feature) for feature, keep in zip(features, kept, strict=True) if not keep]
+    if constant:
+        what = f"{name}: {counted(len(constant), 'column')} with the same value everywhere: {listed(constant)}"
+        findings.append(Finding("F5", "left out", what))
+    if missing[:, kept].any():
+        blanks, columns = int(missing[:, kept].sum()), int(missing[:, kept].any(axis=0).sum())
+        what = f"{name}: {counted(blanks, 'blank cell')} in {counted(columns, 'column')} filled with the column's mean"
+        findings.append(Finding("F6", "warning", what))
+    return np.where(missing, mean, values)[:, kept], [f for f, keep in zip(features, kept, strict=True) if keep]
