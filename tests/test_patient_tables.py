@@ -154,6 +154,26 @@ def test_the_command_finds_the_lattice_and_writes_no_id(ward, tmp_path, capsys):
     assert "SECRET" not in said.out + said.err
 
 
+def test_an_outcome_is_no_feature_and_is_foretold(ward, tmp_path, capsys):
+    paths, _ = ward
+    rows = list(csv.reader(paths[2].read_text().splitlines()))
+    signal = np.array([[float(cell) for cell in row[1:]] for row in rows[1:]]).mean(axis=1)
+    place = tmp_path / "clinic.csv"
+    with place.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*rows[0], "alive"])
+        writer.writerows([*row, "yes" if value > 0 else "no"] for row, value in zip(rows[1:], signal, strict=True))
+    arguments = ["factors", str(paths[0]), str(paths[1]), str(place), "--resamples", "0", "--out"]
+    assert main([*arguments, str(tmp_path / "o"), "--outcome", "alive"]) == 0
+    assert re.search(r"alive +factors foretell [1-9]\d% of it", capsys.readouterr().out)
+    content = json.loads((tmp_path / "o/factors.json").read_text())
+    assert content["outcome"]["patients"] == 270
+    assert content["tables"][2]["features"] == 18
+    assert "in patients whose outcome was not read" in (tmp_path / "o/report.html").read_text()
+    assert main([*arguments, str(tmp_path / "p"), "--leave-out", "alive", "--outcome", "alife"]) == 2
+    assert "--outcome alife is no column of these tables" in capsys.readouterr().err
+
+
 def test_the_command_twice_is_the_same(ward, tmp_path):
     for name in ("a", "b"):
         main(["factors", *map(str, ward[0]), "--out", str(tmp_path / name), "--resamples", "2", "--ranks", "1"])

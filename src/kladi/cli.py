@@ -174,6 +174,7 @@ def factors(
     key: str = "",
     leave_out: str = "",
     levels: str = "",
+    outcome: str = "",
     resamples: int = 20,
     seed: int = 0,
 ) -> int:
@@ -195,6 +196,8 @@ def factors(
         Columns that are not used, with commas between.
     levels:
         Columns of text that become one column a value, with commas between.
+    outcome:
+        A column of one table that factors are asked about: numbers, or two words.
     resamples:
         Halves of the patients that are fitted beside all of them.
     seed:
@@ -203,7 +206,7 @@ def factors(
     from kladi import commands
 
     asked = [[name for name in text.split(",") if name] for text in (leave_out, levels)]
-    return commands.factors(list(tables), out, ranks, key, asked[0], asked[1], resamples, seed)
+    return commands.factors(list(tables), out, ranks, key, asked[0], asked[1], outcome, resamples, seed)
 
 
 @app.command

@@ -206,6 +206,7 @@ def factors(
     key: str,
     leave_out: list[str],
     levels: list[str],
+    outcome: str,
     resamples: int,
     seed: int,
 ) -> int:
@@ -220,7 +221,7 @@ def factors(
     chosen = _ranks(ranks)
     if resamples < 0:
         raise UserError(f"--resamples {resamples}: takes 0 or more")
-    tables = patient_tables.read(paths, key=key, leave_out=leave_out, levels=levels)
+    tables = patient_tables.read(paths, key=key, leave_out=leave_out, levels=levels, outcome=outcome)
     _head("factors", _count(len(tables.rows), "patient"), _count(len(paths), "table"))
     for finding in tables.findings:
         _message(f"{finding.severity:<11}{line(finding)}")
@@ -229,6 +230,10 @@ def factors(
     for structure in content["structures"]:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in structure["explained"].items())
         _line("+".join(structure["tables"]), f"{structure['rank']:>2} factors explain {shares}", width=26)
+    if content["outcome"]:
+        found = content["outcome"]
+        share, spread = found["explained"]["mean"], found["explained"]["sd"]
+        _line(outcome, f"factors foretell {share:.0%} of it (sd {spread:.0%} over {found['folds']} folds)", width=26)
     page.write_factors(content, out / "report.html")
     _line("wrote", f"{file}, {out}/factors.csv, {out}/report.html")
     return 0

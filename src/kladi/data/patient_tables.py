@@ -30,7 +30,7 @@ class PatientTables:
 
     names: of the tables. features: of each, the columns that are used. values: float64[n, d_m] of each, a row of NaN
     where the patient is not in it. rows: int64[n, M], 1-based row in each file, 0 where there is none. findings: what
-    was done and left out, no id in them.
+    was done and left out, no id in them. outcome: float64[n], NaN where unknown; None where none was asked for.
     """
 
     names: tuple[str, ...]
@@ -38,6 +38,7 @@ class PatientTables:
     values: tuple[Float64[np.ndarray, "n _"], ...]
     rows: Int64[np.ndarray, "n M"]
     findings: tuple[Finding, ...]
+    outcome: Float64[np.ndarray, " n"] | None = None
 
     @property
     def present(self) -> Bool[np.ndarray, "n M"]:
@@ -46,7 +47,7 @@ class PatientTables:
 
 @dataclass(frozen=True)
 class _One:
-    """A table by itself. ids: of its rows."""
+    """A table by itself. ids: of its rows. outcome: of its rows, where it has that column."""
 
     name: str
     ids: list[str]
@@ -54,10 +55,16 @@ class _One:
     features: tuple[str, ...]
     values: Float64[np.ndarray, "n d"]
     findings: tuple[Finding, ...]
+    outcome: Float64[np.ndarray, " n"] | None
 
 
 def read(
-    paths: Sequence[Path], *, key: str = "", leave_out: Sequence[str] = (), levels: Sequence[str] = ()
+    paths: Sequence[Path],
+    *,
+    key: str = "",
+    leave_out: Sequence[str] = (),
+    levels: Sequence[str] = (),
+    outcome: str = "",
 ) -> PatientTables:
     """Read the tables and join them.
 
@@ -66,6 +73,8 @@ def read(
         key: the column of ids in all of them; "" finds one that is called like it.
         leave_out: columns that are not used.
         levels: columns of text that become one column of 0 and 1 a value.
+        outcome: a column of one table that is no feature but what factors are asked about: numbers, or two words, of
+            which the second in the alphabet is 1; "" for none.
 
     Raises:
         UserError: names the table and the column or row: fewer than two tables, no ids, an id twice, text where numbers
@@ -79,7 +88,7 @@ def read(
     names = [path.stem for path in paths]
     if len(set(names)) < len(names):
         names = [f"{path.parent.name}/{path.stem}" for path in paths]
-    every = [_table(path, name, key, leave_out, levels) for path, name in zip(paths, names, strict=True)]
+    every = [_table(path, name, key, leave_out, levels, outcome) for path, name in zip(paths, names, strict=True)]
     known = {column for one in every for column in (*one.features, *(f.partition("=")[0] for f in one.features))}
     asked = [column for column in levels if column not in known]
     if asked:
@@ -87,17 +96,29 @@ def read(
     place = {patient: i for i, patient in enumerate(dict.fromkeys(p for one in every for p in one.ids))}
     rows = np.zeros((len(place), len(every)), dtype=np.int64)
     values = []
+    asked_about: np.ndarray | None = None
     for m, one in enumerate(every):
         where = [place[patient] for patient in one.ids]
+        if one.outcome is not None:
+            if asked_about is not None:
+                raise UserError(
+                    f"--outcome {outcome} is a column of two tables; rename one or leave it out of the file"
+                )
+            asked_about = np.full(len(place), np.nan)
+            asked_about[where] = one.outcome
         table = np.full((len(place), one.values.shape[1]), np.nan)
         table[where], rows[where, m] = one.values, one.row
         values.append(table)
+    if outcome and asked_about is None:
+        raise UserError(f"--outcome {outcome} is no column of these tables{suggestion(outcome, sorted(known))}")
     _require_meeting(rows > 0, every)
     findings = [finding for one in every for finding in one.findings]
     alone = int(((rows > 0).sum(axis=1) == 1).sum())
     if alone:
         findings.append(Finding("F1", "warning", f"{counted(alone, 'patient')} in one table only"))
-    return PatientTables(tuple(names), tuple(one.features for one in every), tuple(values), rows, tuple(findings))
+    return PatientTables(
+        tuple(names), tuple(one.features for one in every), tuple(values), rows, tuple(findings), asked_about
+    )
 
 
 def _require_meeting(present: Bool[np.ndarray, "n M"], every: list[_One]) -> None:
@@ -115,7 +136,7 @@ def _shape(text: str) -> str:
     return quoted("".join("9" if c.isdigit() else "A" if c.isalpha() else c for c in text))
 
 
-def _table(path: Path, name: str, key: str, leave_out: Sequence[str], levels: Sequence[str]) -> _One:
+def _table(path: Path, name: str, key: str, leave_out: Sequence[str], levels: Sequence[str], outcome: str) -> _One:
     cells = table_files.read(path)
     ids_column = _id_column(list(cells.columns), key, path)
     ids = cells.columns[ids_column]
@@ -133,7 +154,7 @@ def _table(path: Path, name: str, key: str, leave_out: Sequence[str], levels: Se
     columns: list[np.ndarray] = []
     text: list[str] = []
     for column, raw in cells.columns.items():
-        if column == ids_column or column in leave_out:
+        if column in {ids_column, outcome, *leave_out}:
             continue
         if column in levels:
             for value in raw.drop_nulls().unique().sort().to_list()[1:]:  # the first is where all others are 0
@@ -164,9 +185,24 @@ def _table(path: Path, name: str, key: str, leave_out: Sequence[str], levels: Se
     if not features:
         raise UserError(f"{path} has no column of numbers that differ between patients")
     kept = pl.Series(values=there.tolist(), dtype=pl.Boolean)
-    return _One(
-        name, ids.filter(kept).to_list(), cells.row.filter(kept).to_list(), tuple(features), values, tuple(findings)
-    )
+    about = _outcome(cells.columns[outcome], outcome, path)[there] if outcome in cells.columns else None
+    names, rows = ids.filter(kept).to_list(), cells.row.filter(kept).to_list()
+    return _One(name, names, rows, tuple(features), values, tuple(findings), about)
+
+
+def _outcome(raw: pl.Series, column: str, path: Path) -> Float64[np.ndarray, " n"]:
+    """Numbers, or two words as 0 and 1."""
+    numbers = _numbers(raw)
+    if numbers is None:
+        words = raw.drop_nulls().unique().sort().to_list()
+        if len(words) != 2:
+            raise UserError(
+                f"{path}: --outcome {column} has {len(words)} different words; it takes numbers or two words"
+            )
+        numbers = (raw == words[1]).cast(pl.Float64).fill_null(float("nan")).to_numpy().astype(np.float64)
+    if not np.isfinite(numbers[~np.isnan(numbers)]).all() or np.nanmin(numbers) == np.nanmax(numbers):
+        raise UserError(f"{path}: --outcome {column} is infinite somewhere, or the same everywhere")
+    return numbers
 
 
 def _id_column(columns: list[str], key: str, path: Path) -> str:

@@ -20,6 +20,7 @@ from kladi.data.findings import line
 from kladi.data.patient_tables import PatientTables
 from kladi.errors import UserError
 from kladi.evaluate.record.files import write_private
+from kladi.models.factors import outcome
 from kladi.models.factors.estimator import HierarchicalFactorModel, Ranks
 from kladi.models.factors.ranks import lattice_of
 from kladi.structure.lattice import Lattice, all_structures, spelt
@@ -78,6 +79,7 @@ def analyse(
         "converged": model.converged_,
         "structures": _structures(model, tables),
         "stability": stability(model, tables, resamples, seed) if resamples else None,
+        "outcome": None if tables.outcome is None else _outcome(model, tables, tables.outcome, seed),
         "findings": [line(finding) for finding in tables.findings],
         "seed": seed,
     }
@@ -152,6 +154,43 @@ def _structures(model: HierarchicalFactorModel, tables: PatientTables) -> list[d
             | {"explained": explained, "loadings": factors}
         )
     return out
+
+
+def _outcome(
+    model: HierarchicalFactorModel, tables: PatientTables, y: Float64[np.ndarray, " n"], seed: int
+) -> dict[str, Any]:
+    """How much of an outcome factors foretell in patients whose outcome was not read, and which structures do it.
+
+    explained: share of its variance, mean and sd over outer folds. strength: ||beta_S|| in standard deviations of the
+    outcome. selected: outer folds that kept the structure.
+    """
+    known = ~np.isnan(y)
+    scores, y = model.transform(list(tables.values))[known], y[known]
+    try:
+        whole, tested = (
+            outcome.fit(scores, y, model.lattice, seed=seed),
+            outcome.nested(scores, y, model.lattice, seed=seed),
+        )
+    except ValueError as error:
+        raise UserError(f"--outcome: {error}") from error
+    deviation = float(y.std())
+    return {
+        "patients": int(known.sum()),
+        "explained": {
+            "mean": _rounded(np.mean([r for _, r in tested])),
+            "sd": _rounded(np.std([r for _, r in tested])),
+        },
+        "folds": len(tested),
+        "structures": [
+            {
+                "structure": spelt(s),
+                "tables": [tables.names[m] for m in s],
+                "strength": _rounded(strength / deviation),
+                "selected": sum(found.strength[s] > 0 for found, _ in tested),
+            }
+            for s, strength in whole.strength.items()
+        ],
+    }
 
 
 def _patterns(tables: PatientTables) -> list[dict[str, Any]]:

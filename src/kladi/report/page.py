@@ -154,6 +154,7 @@ def write_factors(content: Mapping[str, Any], path: Path) -> None:
         loadings=factors_page.loadings(content),
         ranks=factors_page.stable_ranks(content),
         halves=halves,
+        outcome=content.get("outcome"),
         patterns=content["patterns"],
         findings=content["findings"],
         version=content["kladi"],
