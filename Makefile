@@ -50,6 +50,7 @@ bench: $(VENV)/.bench      ## side by side with peers
 	$(BIN)/python bench/tree_cross_entropy.py
 	$(BIN)/python bench/step.py
 	$(BIN)/python bench/topology.py
+	$(BIN)/python bench/factors.py
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict

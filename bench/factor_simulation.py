@@ -84,7 +84,7 @@ METHODS: dict[str, Callable[[list[np.ndarray], Setting], Found]] = {
     "peeling alone": lambda x, s: ours(x, s, refine=False),
     "kladi": lambda x, s: ours(x, s),
     "kladi, noise a modality": lambda x, s: ours(x, s, noise="per_modality"),
-    "kladi, auto": lambda x, s: automatic(x),
+    "kladi, auto": lambda x, _: automatic(x),
     "SLIDE, structure given": lambda x, s: slide(x, s, shrunk=False),
     "SLIDE, shrunk": lambda x, s: slide(x, s, shrunk=True),
 }
