@@ -7,9 +7,11 @@ import re
 import numpy as np
 import pytest
 
+from kladi import toy
 from kladi.cli import main
 from kladi.data import patient_tables
 from kladi.errors import UserError
+from kladi.evaluate.embed import describe
 from kladi.report import factors as page
 from kladi.structure.lattice import Lattice
 from reference_factors import loadings, sample
@@ -172,6 +174,27 @@ def test_an_outcome_is_no_feature_and_is_foretold(ward, tmp_path, capsys):
     assert "in patients whose outcome was not read" in (tmp_path / "o/report.html").read_text()
     assert main([*arguments, str(tmp_path / "p"), "--leave-out", "alive", "--outcome", "alife"]) == 2
     assert "--outcome alife is no column of these tables" in capsys.readouterr().err
+
+
+def test_an_images_embedding_and_a_table_of_its_manifest(tmp_path):
+    """Joined by the row of the manifest."""
+    rng = np.random.default_rng(0)
+    data = toy.dataset(n=60, size=16)
+    z = rng.normal(size=60)
+    features = np.outer(z, rng.normal(size=6)) + 0.1 * rng.normal(size=(60, 6))
+    describe(data, np.column_stack([features, np.ones(60)]).astype(np.float32)).write(tmp_path / "embeddings.npz")
+    place = np.argsort(data.manifest_row)
+    with (tmp_path / "m.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "age", "dose", "site"])
+        writer.writerows([f"{i}.png", 50 + 10 * z[i], z[i] + 0.1 * rng.normal(), "ab"[i % 2]] for i in place)
+    arguments = [str(tmp_path / "embeddings.npz"), str(tmp_path / "m.csv"), "--key", "row", "--leave-out", "path"]
+    code = main(["factors", *arguments, "--levels", "site", "--ranks", "0+1=1", "--out", str(tmp_path / "o")])
+    assert code == 0
+    content = json.loads((tmp_path / "o/factors.json").read_text())
+    assert [(t["name"], t["features"]) for t in content["tables"]] == [("embeddings", 6), ("m", 3)]
+    assert content["patients"] == 60
+    assert content["structures"][0]["explained"]["embeddings"] > 0.9
 
 
 def test_the_command_twice_is_the_same(ward, tmp_path):

@@ -185,13 +185,13 @@ def factors(
     Parameters
     ----------
     tables:
-        .csv, .tsv or .parquet, a row a patient, joined by patient id.
+        .csv, .tsv or .parquet, a row a patient, joined by patient id; or embeddings.npz, with --key row.
     out:
         Folder for factors.json, factors.csv and report.html.
     ranks:
         Factors of every set of tables, or of each: 0+1+2=3,0+1=2 (tables by their number, from 0); auto: from the data.
     key:
-        Column of patient ids in every table; found by its name unless given.
+        Column of patient ids in every table; found by its name unless given; row: by the number of the row.
     leave_out:
         Columns that are not used, with commas between.
     levels:

@@ -221,7 +221,8 @@ def factors(
     chosen = _ranks(ranks)
     if resamples < 0:
         raise UserError(f"--resamples {resamples}: takes 0 or more")
-    tables = patient_tables.read(paths, key=key, leave_out=leave_out, levels=levels, outcome=outcome)
+    given = [_embedded(path) if path.suffix.lower() == ".npz" else path for path in paths]
+    tables = patient_tables.read(given, key=key, leave_out=leave_out, levels=levels, outcome=outcome)
     _head("factors", _count(len(tables.rows), "patient"), _count(len(paths), "table"))
     for finding in tables.findings:
         _message(f"{finding.severity:<11}{line(finding)}")
@@ -237,6 +238,21 @@ def factors(
     page.write_factors(content, out / "report.html")
     _line("wrote", f"{file}, {out}/factors.csv, {out}/report.html")
     return 0
+
+
+def _embedded(path: Path) -> Any:
+    """The features of `kladi embed` as a table, a row a row of its manifest."""
+    import numpy as np
+
+    from kladi.data.patient_tables import Table
+    from kladi.evaluate.embed import Embeddings
+
+    found = Embeddings.read(path)
+    features = found.features.astype(np.float64)
+    varied = features.std(axis=0) > 0
+    rows, first = np.unique(found.manifest_row, return_index=True)  # of a file of several frames the first
+    names = tuple(f"feature {i}" for i in np.flatnonzero(varied))
+    return Table(path.stem, [str(row) for row in rows], rows.tolist(), names, features[first][:, varied])
 
 
 def _ranks(text: str) -> int | dict[str, int] | str:

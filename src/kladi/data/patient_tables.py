@@ -20,6 +20,8 @@ from kladi.errors import UserError, suggestion
 
 MISSING_WORDS = frozenset({"na", "n/a", "nan", "null", "none", "missing", "?", "-", "."})
 """Cells that say that there is nothing, in any case."""
+ROW = "row"
+"""The key that joins by row number where no column is called so."""
 LEAST_PATIENTS = 10
 """That two tables must share."""
 
@@ -46,20 +48,23 @@ class PatientTables:
 
 
 @dataclass(frozen=True)
-class _One:
-    """A table by itself. ids: of its rows. outcome: of its rows, where it has that column."""
+class Table:
+    """A modality by itself: read from a file here, or a matrix that somebody else has read.
+
+    ids: of its rows, each once. row: 1-based number of each in its file. outcome: of its rows, where it has one.
+    """
 
     name: str
     ids: list[str]
     row: list[int]
     features: tuple[str, ...]
     values: Float64[np.ndarray, "n d"]
-    findings: tuple[Finding, ...]
-    outcome: Float64[np.ndarray, " n"] | None
+    findings: tuple[Finding, ...] = ()
+    outcome: Float64[np.ndarray, " n"] | None = None
 
 
 def read(
-    paths: Sequence[Path],
+    paths: Sequence[Path | Table],
     *,
     key: str = "",
     leave_out: Sequence[str] = (),
@@ -69,8 +74,9 @@ def read(
     """Read the tables and join them.
 
     Args:
-        paths: .csv, .tsv or .parquet, one a modality.
-        key: the column of ids in all of them; "" finds one that is called like it.
+        paths: .csv, .tsv or .parquet, one a modality; or tables that were read before.
+        key: the column of ids in all of them; "" finds one that is called like it; "row", where no column is called so,
+            is the number of the row.
         leave_out: columns that are not used.
         levels: columns of text that become one column of 0 and 1 a value.
         outcome: a column of one table that is no feature but what factors are asked about: numbers, or two words, of
@@ -85,10 +91,13 @@ def read(
     again = next((path for i, path in enumerate(paths) if path in paths[:i]), None)
     if again is not None:
         raise UserError(f"{again} is named twice; each table is a modality of its own")
-    names = [path.stem for path in paths]
+    names = [path.name if isinstance(path, Table) else path.stem for path in paths]
     if len(set(names)) < len(names):
-        names = [f"{path.parent.name}/{path.stem}" for path in paths]
-    every = [_table(path, name, key, leave_out, levels, outcome) for path, name in zip(paths, names, strict=True)]
+        names = [path.name if isinstance(path, Table) else f"{path.parent.name}/{path.stem}" for path in paths]
+    every = [
+        path if isinstance(path, Table) else _table(path, name, key, leave_out, levels, outcome)
+        for path, name in zip(paths, names, strict=True)
+    ]
     known = {column for one in every for column in (*one.features, *(f.partition("=")[0] for f in one.features))}
     asked = [column for column in levels if column not in known]
     if asked:
@@ -121,7 +130,7 @@ def read(
     )
 
 
-def _require_meeting(present: Bool[np.ndarray, "n M"], every: list[_One]) -> None:
+def _require_meeting(present: Bool[np.ndarray, "n M"], every: list[Table]) -> None:
     for m, one in enumerate(every):
         for k in range(m):
             both = int((present[:, m] & present[:, k]).sum())
@@ -136,10 +145,11 @@ def _shape(text: str) -> str:
     return quoted("".join("9" if c.isdigit() else "A" if c.isalpha() else c for c in text))
 
 
-def _table(path: Path, name: str, key: str, leave_out: Sequence[str], levels: Sequence[str], outcome: str) -> _One:
+def _table(path: Path, name: str, key: str, leave_out: Sequence[str], levels: Sequence[str], outcome: str) -> Table:
     cells = table_files.read(path)
-    ids_column = _id_column(list(cells.columns), key, path)
-    ids = cells.columns[ids_column]
+    numbered = key == ROW and ROW not in cells.columns
+    ids_column = ROW if numbered else _id_column(list(cells.columns), key, path)
+    ids = cells.row.cast(pl.String) if numbered else cells.columns[ids_column]
     blank = cells.row.filter(ids.is_null()).to_list()
     if blank:
         raise UserError(
@@ -187,7 +197,7 @@ def _table(path: Path, name: str, key: str, leave_out: Sequence[str], levels: Se
     kept = pl.Series(values=there.tolist(), dtype=pl.Boolean)
     about = _outcome(cells.columns[outcome], outcome, path)[there] if outcome in cells.columns else None
     names, rows = ids.filter(kept).to_list(), cells.row.filter(kept).to_list()
-    return _One(name, names, rows, tuple(features), values, tuple(findings), about)
+    return Table(name, names, rows, tuple(features), values, tuple(findings), about)
 
 
 def _outcome(raw: pl.Series, column: str, path: Path) -> Float64[np.ndarray, " n"]:
