@@ -154,6 +154,37 @@ def test_ranks_from_data():
     assert all(len(s) == 1 for s in HierarchicalFactorModel().fit(shuffled).lattice.structures)
 
 
+@pytest.mark.parametrize(("n", "d", "rank", "noise"), [(1000, 6, 2, 0.5), (500, 6, 1, 0.3), (1000, 30, 3, 0.1)])
+def test_strong_factors_of_few_or_many_columns_are_counted(n, d, rank, noise):
+    found = []
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        x = rng.normal(size=(n, rank)) @ rng.normal(size=(rank, d)) + noise * rng.normal(size=(n, d))
+        found.append(ranks.factors(x, rng)[0])
+    assert sum(one == rank for one in found) >= 6
+
+
+def test_a_column_that_is_constant_but_for_rounding_says_nothing(drawn):
+    tables = drawn[0]
+    flat = np.full((800, 1), 14285.714285714286) + np.linspace(0, 1e-12, 800)[:, None]
+    with_it = HierarchicalFactorModel(ranks=2, scale=True).fit([np.hstack([tables[0], flat]), *tables[1:]])
+    without = HierarchicalFactorModel(ranks=2, scale=True).fit(tables)
+    assert with_it.explained_[0, 1, 2][0] == pytest.approx(without.explained_[0, 1, 2][0], rel=0.05)
+
+
+def test_many_features_with_missing_patients_fit_together(drawn, monkeypatch):
+    holes = [x.copy() for x in drawn[0]]
+    for m, x in enumerate(holes):
+        x[m * 250 : m * 250 + 240] = np.nan
+    want = HierarchicalFactorModel(ranks=2).fit(holes)
+    monkeypatch.setattr(estimator, "DENSE", 10)
+    found = HierarchicalFactorModel(ranks=2).fit(holes)
+    gram, true = found.weights_ @ found.weights_.T, want.weights_ @ want.weights_.T
+    assert np.linalg.norm(gram - true) < 0.1 * np.linalg.norm(true)
+    for m in range(3):
+        assert sum(of.get(m, 0) for of in found.explained_.values()) < 1
+
+
 def test_noise_has_no_factors():
     """Of forty matrices one in a hundred may seem to."""
     rng = np.random.default_rng(0)

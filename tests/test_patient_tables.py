@@ -74,7 +74,9 @@ def test_columns_are_cleaned_and_that_is_said(tmp_path, numbers):
 def test_text_becomes_columns_where_that_is_asked(tmp_path, numbers):
     sex = ["m", "f", ""] * (N // 3)
     paths = [written(tmp_path, "a", {**numbers, "sex": sex, "note": sex}), written(tmp_path, "b", numbers)]
-    with pytest.raises(UserError, match=r'text where numbers belong in 2 columns: "sex", "note"; --levels sex makes'):
+    with pytest.raises(
+        UserError, match=r'text where numbers belong in 2 columns: "sex", "note"; --leave-out sex drops'
+    ):
         patient_tables.read(paths)
     found = patient_tables.read(paths, levels=["sex"], leave_out=["note"])
     assert found.features[0][-1] == "sex=m"
@@ -84,7 +86,7 @@ def test_text_becomes_columns_where_that_is_asked(tmp_path, numbers):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda c: c | {"x0": [*c["x0"][:-1], "inf"]}, 'infinite values in column "x0": row 24'),
+        (lambda c: c | {"x0": [*c["x0"][:-1], "inf"]}, 'infinite or beyond 1e100 in column "x0": row 24'),
         (lambda c: {"flat": [1] * N}, "has no column of numbers that differ between patients"),
     ],
 )
@@ -113,10 +115,38 @@ def test_impossible_ids_are_named(tmp_path, numbers):
     assert patient_tables.read(same, key="who").names == ("c", "d")
     with pytest.raises(UserError, match=r'--key whom is no column of .*; closest: "who"'):
         patient_tables.read(same, key="whom")
-    with pytest.raises(UserError, match=r"c.csv is named twice"):
+    with pytest.raises(UserError, match=r'two tables are called "c"; rename'):
         patient_tables.read([same[0], same[0]], key="who")
     with pytest.raises(UserError, match="1 table; factors are shared by two or more"):
         patient_tables.read([good])
+
+
+def test_nothing_is_asked_for_in_vain(tmp_path, numbers):
+    ids = [f"MRN{i}" for i in range(60)]
+    many = {"mrn": ids, "y": list(range(60)), "x": [1.5, 2.5] * 30}
+    paths = [written(tmp_path, "a", many, ids=[f"P{i:03d}" for i in range(60)]), written(tmp_path, "b", numbers)]
+    for options, said in (
+        ({"levels": ["mrn"]}, "--levels mrn has 60 different words; it takes 50 at most"),
+        ({"leave_out": ["mrn", "mnr"]}, '--leave-out mnr is no column of these tables; closest: "mrn"'),
+        ({"leave_out": ["mrn"], "outcome": "mrn"}, "--outcome mrn is asked about, and cannot be left out"),
+        ({"leave_out": ["mrn"], "outcome": "z"}, "--outcome z is no column"),
+    ):
+        with pytest.raises(UserError, match=said):
+            patient_tables.read(paths, **options)
+    few = written(tmp_path, "c", {**numbers, "alive": ["yes"] * 5 + ["no"] * 5 + [""] * (N - 10)})
+    with pytest.raises(UserError, match="10 patients with --outcome alive; 20 are needed"):
+        patient_tables.read([few, paths[1]], outcome="alive")
+    with pytest.raises(UserError, match="9 tables; at most 8"):
+        patient_tables.read([tmp_path / f"{i}.csv" for i in range(9)])
+
+
+def test_a_row_with_a_cell_too_many_is_no_row(tmp_path, numbers):
+    broken = written(tmp_path, "a", numbers)
+    lines = broken.read_text().splitlines()
+    lines[3] = lines[3].replace(",", ",1,", 1)
+    broken.write_text("\n".join(lines))
+    with pytest.raises(UserError, match="row 3"):
+        patient_tables.read([broken, written(tmp_path, "b", numbers)])
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +247,8 @@ def test_the_command_twice_is_the_same(ward, tmp_path):
     ("ranks", "said"),
     [
         ("many", "--ranks many: takes auto, a number"),
+        ("99999999999", "takes auto, a number up to 1000"),
+        ("0+1=1,0+1=2", "each set once"),
         ("0+1=x", "takes auto, a number"),
         ("0+9=1", "is no structure of 3 modalities"),
         ("9", "rna has 20 features for 36 factors"),
@@ -227,3 +259,11 @@ def test_a_mistake_is_one_line(ward, tmp_path, capsys, ranks, said):
     assert main(["factors", *map(str, ward[0]), "--out", str(tmp_path / "o"), "--ranks", ranks]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
+    (tmp_path / "file").touch()
+    for out, more, words in (
+        ("file/x", [], "file is a file; name a folder"),
+        ("p", ["--seed", "-1"], "--seed -1: takes 0 or more"),
+        ("p", [str(ward[0][0])], "is named twice"),
+    ):
+        assert main(["factors", *map(str, ward[0]), *more, "--out", str(tmp_path / out), "--ranks", "1"]) == 2
+        assert words in capsys.readouterr().err

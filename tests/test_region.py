@@ -103,6 +103,16 @@ def test_what_is_outside_changes_no_diagram():
     np.testing.assert_array_equal(a, b)
 
 
+def test_a_thin_line_is_a_region_too():
+    mask = np.zeros((224, 224), dtype=bool)
+    mask[50:150, 50:150] = True
+    mask[53:147, 53:147] = False
+    image = np.random.default_rng(0).random((224, 224))
+    for side in (8, 16, 32, 56):
+        v = Looks.of(tensor(image), side, [mask]).v(tensor(image))[0]
+        assert np.isfinite(v).all()
+
+
 def test_without_masks_it_is_everywhere():
     image = disc(size=24)
     looks = Looks.of(tensor(image, image), 24)

@@ -19,6 +19,9 @@ from kladi.errors import UserError, suggestion
 WIDTH = 11
 """Columns of the first word of a line, as in `images     12,430 readable`."""
 
+MOST_RANK = 1_000
+"""Factors of a set of tables."""
+
 
 def check(data: Path, config: settings.Config, out: Path | None) -> int:
     """Print everything that was found; 1 where there is an error."""
@@ -219,8 +222,15 @@ def factors(
     from kladi.report import page
 
     chosen = _ranks(ranks)
-    if resamples < 0:
-        raise UserError(f"--resamples {resamples}: takes 0 or more")
+    for name, number in (("resamples", resamples), ("seed", seed)):
+        if number < 0:
+            raise UserError(f"--{name} {number}: takes 0 or more")
+    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise UserError(f"--out {out}: {there} is a file; name a folder")
+    again = [path for i, path in enumerate(paths) if path.resolve() in [other.resolve() for other in paths[:i]]]
+    if again:
+        raise UserError(f"{again[0]} is named twice; each table is a modality of its own")
     given = [_embedded(path) if path.suffix.lower() == ".npz" else path for path in paths]
     tables = patient_tables.read(given, key=key, leave_out=leave_out, levels=levels, outcome=outcome)
     _head("factors", _count(len(tables.rows), "patient"), _count(len(paths), "table"))
@@ -249,6 +259,9 @@ def _embedded(path: Path) -> Any:
 
     found = Embeddings.read(path)
     features = found.features.astype(np.float64)
+    bad = found.manifest_row[~np.isfinite(features).all(axis=1)]
+    if len(bad):
+        raise UserError(f"{path}: {len(bad):,} rows hold NaN or infinity, the first is row {int(bad.min()):,}")
     varied = features.std(axis=0) > 0
     rows, first = np.unique(found.manifest_row, return_index=True)  # of a file of several frames the first
     names = tuple(f"feature {i}" for i in np.flatnonzero(varied))
@@ -261,11 +274,18 @@ def _ranks(text: str) -> int | dict[str, int] | str:
         return text
     try:
         if "=" not in text:
-            return int(text)
-        pairs = [part.split("=") for part in text.split(",") if part]
-        return {name.strip(): int(number) for name, number in pairs}
+            numbers: dict[str, int] = {"": int(text)}
+        else:
+            pairs = [part.split("=") for part in text.split(",") if part]
+            numbers = {name.strip(): int(number) for name, number in pairs}
+            if len(numbers) < len(pairs):
+                raise ValueError
+        if max(numbers.values(), default=0) > MOST_RANK:
+            raise ValueError
+        return numbers.get("", numbers)
     except ValueError:
-        raise UserError(f"--ranks {text}: takes auto, a number, or 0+1=2,0=1 (tables by their number)") from None
+        takes = f"auto, a number up to {MOST_RANK}, or 0+1=2,0=1 (tables by their number, each set once)"
+        raise UserError(f"--ranks {text}: takes {takes}") from None
 
 
 def report(path: Path, out: Path | None) -> int:

@@ -17,11 +17,14 @@ from kladi.data.findings import Finding, counted, line, listed, quoted
 from kladi.data.rows import table_files
 from kladi.data.rows.columns import means
 from kladi.errors import UserError, suggestion
+from kladi.structure.lattice import MOST_MODALITIES
 
 MISSING_WORDS = frozenset({"na", "n/a", "nan", "null", "none", "missing", "?", "-", "."})
 """Cells that say that there is nothing, in any case."""
 ROW = "row"
 """The key that joins by row number where no column is called so."""
+LARGEST = 1e100
+MOST_LEVELS, LEAST_OUTCOMES = 50, 20
 LEAST_PATIENTS = 10
 """That two tables must share."""
 
@@ -52,6 +55,7 @@ class Table:
     """A modality by itself: read from a file here, or a matrix that somebody else has read.
 
     ids: of its rows, each once. row: 1-based number of each in its file. outcome: of its rows, where it has one.
+    columns: all that the file has.
     """
 
     name: str
@@ -61,6 +65,7 @@ class Table:
     values: Float64[np.ndarray, "n d"]
     findings: tuple[Finding, ...] = ()
     outcome: Float64[np.ndarray, " n"] | None = None
+    columns: tuple[str, ...] = ()
 
 
 def read(
@@ -88,20 +93,24 @@ def read(
     """
     if len(paths) < 2:
         raise UserError(f"{len(paths)} table; factors are shared by two or more: kladi factors a.csv b.csv --out F")
-    again = next((path for i, path in enumerate(paths) if path in paths[:i]), None)
-    if again is not None:
-        raise UserError(f"{again} is named twice; each table is a modality of its own")
     names = [path.name if isinstance(path, Table) else path.stem for path in paths]
-    if len(set(names)) < len(names):
-        names = [path.name if isinstance(path, Table) else f"{path.parent.name}/{path.stem}" for path in paths]
+    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if twice is not None:
+        raise UserError(f'two tables are called "{twice}"; rename one of the files')
+    if len(paths) > MOST_MODALITIES:
+        raise UserError(f"{len(paths)} tables; at most {MOST_MODALITIES} can be told apart")
+    for name in (*levels, *leave_out):
+        if name == outcome:
+            raise UserError(f"--outcome {outcome} is asked about, and cannot be left out or split up too")
     every = [
         path if isinstance(path, Table) else _table(path, name, key, leave_out, levels, outcome)
         for path, name in zip(paths, names, strict=True)
     ]
-    known = {column for one in every for column in (*one.features, *(f.partition("=")[0] for f in one.features))}
-    asked = [column for column in levels if column not in known]
-    if asked:
-        raise UserError(f"--levels {asked[0]} is no column of these tables{suggestion(asked[0], sorted(known))}")
+    known = {column for one in every for column in one.columns}
+    for option, columns in (("levels", levels), ("leave-out", leave_out)):
+        asked = [column for column in columns if column not in known]
+        if asked:
+            raise UserError(f"--{option} {asked[0]} is no column of these tables{suggestion(asked[0], sorted(known))}")
     place = {patient: i for i, patient in enumerate(dict.fromkeys(p for one in every for p in one.ids))}
     rows = np.zeros((len(place), len(every)), dtype=np.int64)
     values = []
@@ -159,7 +168,10 @@ def _table(path: Path, name: str, key: str, leave_out: Sequence[str], levels: Se
     if twice:
         said = line(Finding("F3", "error", f"a patient twice in column {quoted(ids_column)}", tuple(twice)))
         raise UserError(f"{path}: {said}; one row a patient is needed")
-    findings: list[Finding] = []
+    broken = [finding for finding in cells.findings if finding.severity == "error"]
+    if broken:
+        raise UserError(f"{path}: {line(broken[0])}")
+    findings = [Finding(f.code, f.severity, f"{name}: {f.message}", f.rows) for f in cells.findings]
     features: list[str] = []
     columns: list[np.ndarray] = []
     text: list[str] = []
@@ -167,6 +179,7 @@ def _table(path: Path, name: str, key: str, leave_out: Sequence[str], levels: Se
         if column in {ids_column, outcome, *leave_out}:
             continue
         if column in levels:
+            _require_few(raw, column, path)
             for value in raw.drop_nulls().unique().sort().to_list()[1:]:  # the first is where all others are 0
                 features.append(f"{column}={value}")
                 columns.append((raw == value).cast(pl.Float64).to_numpy())
@@ -175,17 +188,17 @@ def _table(path: Path, name: str, key: str, leave_out: Sequence[str], levels: Se
         if numbers is None:
             text.append(column)
             continue
-        infinite = cells.row.filter(pl.Series(np.isinf(numbers))).to_list()
+        infinite = cells.row.filter(pl.Series(np.abs(numbers) > LARGEST)).to_list()
         if infinite:
-            said = line(Finding("F4", "error", f"infinite values in column {quoted(column)}", tuple(infinite)))
+            said = line(Finding("F4", "error", f"infinite or beyond 1e100 in column {quoted(column)}", tuple(infinite)))
             raise UserError(f"{path}: {said}")
         features.append(column)
         columns.append(numbers)
     if text:
         what = listed([quoted(column) for column in text])
         raise UserError(
-            f"{path}: text where numbers belong in {counted(len(text), 'column')}: {what}; --levels {text[0]} makes a "
-            f"column of each value, --leave-out {text[0]} drops it"
+            f"{path}: text where numbers belong in {counted(len(text), 'column')}: {what}; --leave-out {text[0]} drops "
+            f"it, --levels makes a column of each value where they are few"
         )
     values = np.stack(columns, axis=1) if columns else np.zeros((len(ids), 0))
     there = np.asarray(~np.isnan(values).all(axis=1))
@@ -197,7 +210,15 @@ def _table(path: Path, name: str, key: str, leave_out: Sequence[str], levels: Se
     kept = pl.Series(values=there.tolist(), dtype=pl.Boolean)
     about = _outcome(cells.columns[outcome], outcome, path)[there] if outcome in cells.columns else None
     names, rows = ids.filter(kept).to_list(), cells.row.filter(kept).to_list()
-    return Table(name, names, rows, tuple(features), values, tuple(findings), about)
+    return Table(name, names, rows, tuple(features), values, tuple(findings), about, tuple(cells.columns))
+
+
+def _require_few(raw: pl.Series, column: str, path: Path) -> None:
+    """A column of many words is more likely a name or an id, which must not be written out."""
+    if means(column, "patient_id") or raw.n_unique() > MOST_LEVELS:
+        raise UserError(
+            f"{path}: --levels {column} has {raw.n_unique():,} different words; it takes {MOST_LEVELS} at most"
+        )
 
 
 def _outcome(raw: pl.Series, column: str, path: Path) -> Float64[np.ndarray, " n"]:
@@ -210,8 +231,11 @@ def _outcome(raw: pl.Series, column: str, path: Path) -> Float64[np.ndarray, " n
                 f"{path}: --outcome {column} has {len(words)} different words; it takes numbers or two words"
             )
         numbers = (raw == words[1]).cast(pl.Float64).fill_null(float("nan")).to_numpy().astype(np.float64)
-    if not np.isfinite(numbers[~np.isnan(numbers)]).all() or np.nanmin(numbers) == np.nanmax(numbers):
-        raise UserError(f"{path}: --outcome {column} is infinite somewhere, or the same everywhere")
+    seen = numbers[~np.isnan(numbers)]
+    if len(seen) < LEAST_OUTCOMES:
+        raise UserError(f"{path}: {counted(len(seen), 'patient')} with --outcome {column}; {LEAST_OUTCOMES} are needed")
+    if np.abs(seen).max() > LARGEST or seen.min() == seen.max():
+        raise UserError(f"{path}: --outcome {column} is infinite or beyond 1e100 somewhere, or the same everywhere")
     return numbers
 
 

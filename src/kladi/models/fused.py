@@ -62,7 +62,7 @@ class Sight:
     @property
     def alone(self) -> bool:
         """Whether an image alone tells what its diagram is to be."""
-        return self.given != "another" and self.region != "mask"
+        return self.given == "none" or (self.given == "own" and self.region != "mask")
 
     @property
     def width(self) -> int:
@@ -164,9 +164,16 @@ def reader(
             return (image,)
         of = other[rows]
         shown = whole.images(dataset, of, intensity, device)
-        return (image, *encoder.tokens(shown, whole.masks(dataset, of, shown, encoder.sight.region)))
+        return (image, *encoder.tokens(shown, file_masks(encoder, dataset, of, shown)))
 
     return read
+
+
+def file_masks(
+    encoder: Fused, dataset: Dataset, rows: np.ndarray, shown: Float[Tensor, "B C H W"]
+) -> list[Bool[np.ndarray, "S S"]]:
+    """Masks of the rows from their files; none where the images tell the region themselves."""
+    return whole.masks(dataset, rows, shown, "mask") if encoder.sight.region == "mask" else []
 
 
 def side_of(topology: settings.Topology, size: int) -> int:

@@ -27,7 +27,7 @@ def read(path: Path, extent: Int[np.ndarray, " 4"], side: int, row: int) -> Bool
         UserError: it cannot be read, or has another shape than its image.
     """
     try:
-        pixels = decode(path, intensity=settings.Intensity(channels=1)).pixels[0]
+        pixels = decode(path, intensity=settings.Intensity(channels=3)).pixels.max(axis=0)
     except Unreadable as error:
         raise UserError(f"row {row:,}: the mask {path.name} {error}") from error
     square, found = fit(np.where(pixels > 0, 255, 0).astype(np.uint8)[None], side)

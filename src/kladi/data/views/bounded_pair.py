@@ -164,14 +164,16 @@ def strengths_of(
         config.topology.region,
     ]
     said = json.dumps([*known, dataclasses.asdict(config.intensity)])
-    key = hashlib.sha256(said.encode() + dataset.row_id[rows].tobytes()).hexdigest()[:16]
+    x = pictures(dataset, rows, config.intensity)
+    where = masks(dataset, rows, x, config.topology.region)
+    drawn = b"".join(mask.tobytes() for mask in where)
+    key = hashlib.sha256(said.encode() + dataset.row_id[rows].tobytes() + drawn).hexdigest()[:16]
     file = dataset.store.folder.parent / f"strengths-{key}.json"
     found = _read(file)
     if found is None:
         if say is not None:
             say("topology", f"measuring how far {len(bounded.OPERATIONS)} operations move {len(rows)} diagrams, once")
-        x = pictures(dataset, rows, config.intensity)
-        looks = Looks.of(x, side, masks(dataset, rows, x, config.topology.region))
+        looks = Looks.of(x, side, where)
         found = calibrate(x, dataset.row_id[rows], looks, config.train.seed)
         kept = _kept(file, written(found))
         if not kept and say is not None:

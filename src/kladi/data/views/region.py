@@ -48,6 +48,8 @@ class Region:
             for x in (grey[None, None, top:bottom, left:right].double() * mask, mask)
         )
         inside = functional.interpolate(mask, size=(side, side), mode="nearest-exact")[0, 0] > 0
+        if not inside.any():  # a thin line may lie between all samples
+            inside = weight >= weight.max()
         return (part / weight.clamp(min=1e-9)).where(inside, 0.0), inside.numpy()
 
 

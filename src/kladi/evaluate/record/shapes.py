@@ -15,7 +15,7 @@ from kladi.data.dataset import TRAIN, Dataset
 from kladi.data.views import whole
 from kladi.evaluate.embed import Embeddings
 from kladi.evaluate.record.atlas import top_names
-from kladi.models.fused import DiagramAlone, Fused
+from kladi.models.fused import DiagramAlone, Fused, file_masks
 from kladi.models.topology import EXPERTS
 
 EXAMPLES = 6
@@ -63,7 +63,7 @@ def _looked(encoder: Fused, dataset: Dataset, rows: np.ndarray) -> list[tuple[np
     for start in range(0, len(rows), BATCH):
         index = rows[start : start + BATCH]
         image = whole.images(dataset, index, encoder.intensity, place)
-        points, mask = encoder.tokens(image, whole.masks(dataset, index, image, encoder.sight.region))
+        points, mask = encoder.tokens(image, file_masks(encoder, dataset, index, image))
         encoder(image, points, mask)
         gate = encoder.mixture.gate
         gates = torch.zeros(len(index), len(EXPERTS)) if gate is None else gate

@@ -78,6 +78,11 @@ class Rows:
         return tuple(x.shape[1] for x in self.tables)
 
     @property
+    def complete(self) -> bool:
+        """Whether every patient has every modality."""
+        return all(len(who) == self._all for who in self.patients)
+
+    @property
     def precision(self) -> float:
         """Of its products, relative."""
         return max(float(np.finfo(x.dtype).eps) for x in self.tables)

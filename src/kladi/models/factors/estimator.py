@@ -42,7 +42,8 @@ class HierarchicalFactorModel(TransformerMixin, BaseEstimator):
     each modality's variance by structure), `converged_`, `n_iter_`.
 
     Patients without a modality have a row of NaN in it. Then a block of the covariance is that of the patients with
-    both of its modalities, and the whole is made positive semi-definite.
+    both of its modalities, and the whole is made positive semi-definite; of more than 2,000 features their leading
+    directions are.
 
     Source: Li, Yu, Zhou, Hierarchical contrastive learning for multimodal data, 2026 (model, peeling, objective);
     alignment, missing modalities and "auto" are ours.
@@ -202,8 +203,10 @@ def _small(rows: Rows, *, complete: bool) -> Covariance:
 
 def _deviation(x: np.ndarray) -> Float64[np.ndarray, " d"]:
     """1 for a column that is constant."""
-    found = np.sqrt(squares(x, mean(x)) / max(len(x) - 1, 1))
-    return np.where(found > 0, found, 1.0)
+    middle = mean(x)
+    found = np.sqrt(squares(x, middle) / max(len(x) - 1, 1))
+    rounding = max(1e-12, 64 * float(np.finfo(x.dtype).eps)) * np.abs(middle)
+    return np.where(found > rounding, found, 1.0)
 
 
 def _checked(

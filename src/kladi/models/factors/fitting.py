@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float64
 from scipy.optimize import minimize
 
-from kladi.models.factors.covariance import Covariance, Dense, block_diagonal, leading, places
+from kladi.models.factors.covariance import Covariance, Dense, block_diagonal, leading, nearest_semidefinite, places
 from kladi.models.factors.peeling import aligned, peeled, stacked
 from kladi.structure.lattice import Lattice
 
@@ -53,15 +53,20 @@ def fit(covariance: Covariance, lattice: Lattice, *, noise: Noise = "global", re
     own = [leading(covariance, int(lattice.of_modality(m).sum()), SPARE, m) for m in range(len(sizes))]
     bases = [vectors for _, vectors in own]
     small = covariance.projected(bases)
+    whole_fit = isinstance(covariance, Dense) or covariance.complete
+    if not whole_fit:  # blocks from different patients need not fit together: made to, where all that matters is seen
+        small = Dense(nearest_semidefinite(small.matrix), small.sizes)
     variance = noise_of(covariance, small, lattice, noise)
     signal = small.matrix - np.diag(np.repeat(variance, small.sizes))
     first = stacked(aligned(peeled(signal, small.sizes, lattice), signal, small.sizes, lattice), small.sizes, lattice)
     if not refine:
         return Fitted(canonical(block_diagonal(bases) @ first, sizes, lattice), variance, 0, True)
     # In few coordinates first, where a step costs next to nothing; what is left to gain outside them is little.
-    near, *_ = refined(Dense(small.matrix, small.sizes), first, variance, lattice)
-    whole, steps, converged = refined(covariance, block_diagonal(bases) @ near, variance, lattice)
-    return Fitted(canonical(whole, sizes, lattice), variance, steps, converged)
+    near, steps, converged = refined(small, first, variance, lattice)
+    found = block_diagonal(bases) @ near
+    if whole_fit:
+        found, steps, converged = refined(covariance, found, variance, lattice)
+    return Fitted(canonical(found, sizes, lattice), variance, steps, converged)
 
 
 def noise_of(covariance: Covariance, small: Dense, lattice: Lattice, noise: Noise) -> Float64[np.ndarray, " M"]:

@@ -27,6 +27,8 @@ from kladi.structure.lattice import Lattice, Structure, all_structures
 
 FLIPS, DEVIATIONS = 20, 3.5
 """Draws of signs, and how far above their mean a singular value must lie."""
+ROUNDS, STEPS, LEAST_NOISE = 5, 200, 1e-4
+"""Of the search for the noise: rounds, steps in each, and the least share of a column's variance that is noise."""
 SPARE_SCORES = 3
 LEVEL = 1e-3
 """Of each test of a canonical correlation."""
@@ -74,17 +76,40 @@ def lattice_of(tables: Sequence[Float[np.ndarray, "n _"]], present: Bool[np.ndar
 def factors(x: Float64[np.ndarray, "n d"], rng: np.random.Generator) -> tuple[int, Float64[np.ndarray, "n k"]]:
     """Number of singular values that signs cannot explain, and the left singular vectors of the scaled matrix.
 
-    Columns are scaled to unit length, and once more to unit noise when the factors are known; what was found is taken
-    out, and the rest looked at again, until nothing stands out.
+    Columns are scaled to unit variance, then to the noise that maximum likelihood finds beside as many factors, until
+    their number stays; what was found is taken out, and the rest looked at again, until nothing stands out.
     """
     centred = x - x.mean(axis=0)
-    length = np.linalg.norm(centred, axis=0)
-    scaled = centred[:, length > 0] / length[length > 0]
-    rank, left, values, right = _standing_out(scaled, rng)
-    noise = np.linalg.norm(_noise(scaled, left, values, right, rank), axis=0)
-    scaled = scaled / np.maximum(noise, 1e-9 * noise.max(initial=1e-300))
+    deviation = centred.std(axis=0)
+    scaled = centred[:, deviation > 0] / deviation[deviation > 0]
     rank, left, _, _ = _standing_out(scaled, rng)
+    for _ in range(ROUNDS):
+        before = rank
+        whitened = scaled / np.sqrt(uniqueness(scaled.T @ scaled / max(len(x), 1), rank))
+        rank, left, _, _ = _standing_out(whitened, rng)
+        if rank == before:
+            break
     return rank, left
+
+
+def uniqueness(correlation: Float64[np.ndarray, "d d"], rank: int) -> Float64[np.ndarray, " d"]:
+    """Noise of each column beside `rank` factors, by maximum likelihood: with S scaled to unit noise, the factors are
+    its eigenvectors above 1, and what they leave of each column is its noise again. None falls below `LEAST_NOISE`.
+
+    Source: Barber, Bayesian Reasoning and Machine Learning, 2012, algorithm 21.1.
+    """
+    psi = np.maximum(np.diag(correlation).copy(), LEAST_NOISE)
+    if not rank:
+        return psi
+    for _ in range(STEPS):
+        root = np.sqrt(psi)
+        values, vectors = np.linalg.eigh(correlation / np.outer(root, root))
+        loadings = root[:, None] * vectors[:, -rank:] * np.sqrt(np.maximum(values[-rank:] - 1, 0.0))
+        new = np.maximum(np.diag(correlation) - np.square(loadings).sum(axis=1), LEAST_NOISE)
+        if np.abs(new - psi).max() < 1e-4:
+            return new
+        psi = new
+    return psi
 
 
 def _standing_out(x: np.ndarray, rng: np.random.Generator) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
@@ -92,7 +117,10 @@ def _standing_out(x: np.ndarray, rng: np.random.Generator) -> tuple[int, np.ndar
     if min(x.shape) < 2:
         return 0, np.zeros((len(x), 0)), np.zeros(0), np.zeros((0, x.shape[1]))
     left, values, right = np.linalg.svd(x, full_matrices=False)
-    rank, most = 0, min(x.shape) - 1
+    # More factors than this leave noise and factors of d columns no difference (Ledermann's bound).
+    d = x.shape[1]
+    most = min(len(x) - 1, int(np.floor((2 * d + 1 - np.sqrt(8 * d + 1)) / 2)))
+    rank = 0
     while rank < most:
         rest = _noise(x, left, values, right, rank)
         drawn = [_largest(rest * rng.choice([-1.0, 1.0], size=x.shape), rng) for _ in range(FLIPS)]
@@ -101,7 +129,7 @@ def _standing_out(x: np.ndarray, rng: np.random.Generator) -> tuple[int, np.ndar
         if not more:
             break
         rank += more
-    return min(rank, most), left, values, right
+    return max(0, min(rank, most)), left, values, right
 
 
 def _noise(x: np.ndarray, left: np.ndarray, values: np.ndarray, right: np.ndarray, rank: int) -> np.ndarray:
