@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kladi import HierarchicalFactorModel, Lattice
+from kladi.models.factors.fitting import mask
 from kladi.models.factors.peeling import unstacked
 
 ROUNDS = 1_000
@@ -195,9 +196,7 @@ def slide(tables: list[np.ndarray], setting: Setting, *, shrunk: bool) -> Found:
     free, U the polar factor of X V; loadings V / sqrt(n)."""
     x = np.concatenate([table - table.mean(axis=0) for table in tables], axis=1)
     lattice = setting.lattice
-    free = np.concatenate(
-        [np.broadcast_to(lattice.of_modality(m), (size, lattice.width)) for m, size in enumerate(setting.sizes)]
-    )
+    free = mask(setting.sizes, lattice)
     u = np.linalg.svd(x, full_matrices=False)[0][:, : lattice.width]
     before = np.inf
     for _ in range(ROUNDS):

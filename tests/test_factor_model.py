@@ -154,6 +154,16 @@ def test_ranks_from_data():
     assert all(len(s) == 1 for s in HierarchicalFactorModel().fit(shuffled).lattice.structures)
 
 
+def test_the_noise_beside_factors_is_found():
+    """Exact where the matrix is; the variance itself beside no factor; never nothing."""
+    rng = np.random.default_rng(0)
+    loading, noise = rng.normal(size=(12, 2)), rng.uniform(0.2, 2, 12)
+    exact = loading @ loading.T + np.diag(noise)
+    np.testing.assert_allclose(ranks.uniqueness(exact, 2), noise, rtol=1e-2)
+    np.testing.assert_array_equal(ranks.uniqueness(exact, 0), np.diag(exact))
+    assert (ranks.uniqueness(loading @ loading.T, 2) >= ranks.LEAST_NOISE).all()
+
+
 @pytest.mark.parametrize(("n", "d", "rank", "noise"), [(1000, 6, 2, 0.5), (500, 6, 1, 0.3), (1000, 30, 3, 0.1)])
 def test_strong_factors_of_few_or_many_columns_are_counted(n, d, rank, noise):
     found = []
