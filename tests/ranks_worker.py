@@ -4,12 +4,14 @@ import dataclasses
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 
 import tiny
+from kladi.data.modalities import Modality
 from kladi.data.views.batch import View
 from kladi.data.views.loader import Loader
 from kladi.learn import presets, ranks
@@ -30,6 +32,7 @@ CASES = {
     "byol": {},
     "dino": {"prototypes": 5},
     "barlow_twins": {},
+    "multimodal": {"ranks": 2},
 }
 
 
@@ -44,9 +47,30 @@ class Flat(nn.Module):
         return torch.tanh(self.layer(image.flatten(1)))
 
 
+def with_tables(dataset, seed=0):
+    """Beside the images a table of every second patient, and one of two rows in three."""
+    rng = np.random.default_rng(seed)
+    some = (dataset.group % 2 == 0, np.arange(len(dataset)) % 3 > 0)
+    values = [
+        rng.normal(size=(len(dataset), d)).astype(np.float32) * there[:, None]
+        for d, there in zip((3, 5), some, strict=True)
+    ]
+    made = [
+        Modality(name, tuple(f"{name} {i}" for i in range(x.shape[1])), x, there)
+        for name, x, there in zip(("clinic", "labs"), values, some, strict=True)
+    ]
+    return dataclasses.replace(dataset, modalities=tuple(made))
+
+
+def exact(batch):
+    """In float64."""
+    views = tuple(View(view.image.double()) for view in batch.views)
+    return dataclasses.replace(batch, views=views, tables=tuple(table.double() for table in batch.tables))
+
+
 def measured(name, rank, world):
     """{quantity: tensor} of one step; a batch of which some rows have no label."""
-    dataset = tiny.data(labelled=0.7)
+    dataset = with_tables(tiny.data(labelled=0.7))
     torch.manual_seed(0)
     encoder, projector = Flat(), Projector(12, 8, 6)
     known = Facts.of(dataset)
@@ -54,8 +78,7 @@ def measured(name, rank, world):
     config = tiny.settings(train__batch=9)  # 5 rows for one process, 4 for the other
     loader = Loader(dataset, config, 2, torch.device("cpu"), rank=rank, world=world)
     batch = next(loader.epoch(0))
-    exact = tuple(View(view.image.double()) for view in batch.views)
-    terms = objective.double()(dataclasses.replace(batch, views=exact))
+    terms = objective.double()(exact(batch))
     objective.total(terms).backward()
     ranks.mean_gradients(objective.parameters())
     found = {f"loss {key}": term.detach() for key, term in terms.items()}

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from kladi import config, toy
+from kladi.data.embeddings import Embeddings
 from kladi.data.views import augment
 from kladi.errors import UserError
 from kladi.evaluate.baselines import BINS, fit_grey, grey_features
-from kladi.evaluate.embed import Embeddings, embed
+from kladi.evaluate.embed import embed
 
 INTENSITY = config.Intensity(size=16)
 

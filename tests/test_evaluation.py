@@ -15,10 +15,11 @@ from torch import nn
 from kladi import config as settings
 from kladi import toy
 from kladi.data.dataset import HELD_OUT, TEST, TRAIN, VAL
+from kladi.data.embeddings import Embeddings
 from kladi.data.findings import Finding
 from kladi.errors import UserError
 from kladi.evaluate import protocol
-from kladi.evaluate.embed import Embeddings, describe
+from kladi.evaluate.embed import describe
 from kladi.evaluate.evaluation import evaluate, random_encoder
 from kladi.evaluate.pretraining import Pretraining, of_run, seen_rows
 from kladi.evaluate.record import results

@@ -1,7 +1,6 @@
 """A batch embedded in parts has the gradient of the whole: exactly, with dropout, and in a run."""
 
 import copy
-import dataclasses
 import json
 
 import numpy as np
@@ -36,14 +35,13 @@ class Noisy(ranks_worker.Flat):
 
 def setting(name, encoder):
     """An objective and a batch of eight images in float64."""
-    dataset = tiny.data(labelled=0.7)
+    dataset = ranks_worker.with_tables(tiny.data(labelled=0.7))
     torch.manual_seed(0)
     known = Facts.of(dataset)
     args = ranks_worker.CASES[name]
     objective = presets.build(name.split()[0], args, known, encoder, Projector(12, 8, 6)).double()
     batch = next(Loader(dataset, tiny.settings(), 2, torch.device("cpu")).epoch(0))
-    views = tuple(View(view.image.double()) for view in batch.views)
-    return objective, dataclasses.replace(batch, views=views)
+    return objective, ranks_worker.exact(batch)
 
 
 def gradients(objective, batch, chunk, seed=7):

@@ -1,5 +1,7 @@
 """What a step minimises: one forward pass, terms that see only their rows, presets whose mistakes are named."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from kladi.learn.facts import Facts
 from kladi.learn.objectives import Supervised, Term
 from kladi.models.heads import Projector
 from kladi.structure.taxonomy import Taxonomy
+from ranks_worker import with_tables
 
 B, D = 6, 4
 
@@ -172,12 +175,16 @@ def test_the_hybrid_of_metadata_mixes_by_lambda():
 
 @pytest.mark.parametrize("name", sorted(presets.PRESETS))
 def test_every_preset_trains(name):
-    data = toy.dataset(n=60, size=16)
+    data = with_tables(toy.dataset(n=60, size=16)) if name == "multimodal" else toy.dataset(n=60, size=16)
     objective = presets.build(name, {}, Facts.of(data), *parts())
     rows = torch.arange(B)
     classes = torch.from_numpy(data.label_sets.similarity()[0])
     one = batch(labels=data.target[:B].tolist())
     one = Batch(one.views, {**one.target, "metadata": classes[rows]}, one.present, rows)
+    tables = [torch.from_numpy(table.values[:B]) for table in data.modalities]
+    if tables:
+        in_table = torch.from_numpy(np.stack([table.present[:B] for table in data.modalities], axis=1))
+        one = dataclasses.replace(one, tables=tuple(tables), in_table=in_table)
     objective(one)
     objective.total(objective(one)).backward()
     assert all(torch.isfinite(p.grad).all() for p in objective.parameters() if p.requires_grad)

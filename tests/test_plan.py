@@ -18,6 +18,7 @@ FACTS = Fingerprint(
     leaves=5,
     depth=3,
     metadata=(),
+    tables=(),
     modalities=("ct",),
     cores=2,
     accelerator_gb=0.0,

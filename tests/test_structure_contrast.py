@@ -111,7 +111,7 @@ def test_impossible_arguments_are_named():
 
 
 def test_each_modality_has_a_network_for_each_structure():
-    encoder = FactorEncoder((4, 3, 5), LATTICE, hidden=(8,))
+    encoder = FactorEncoder((4, 3, 5), LATTICE, hidden=((8,),) * 3)
     features = [torch.randn(6, size) for size in (4, 3, 5)]
     h = encoder(features)
     assert [part.shape[1] for part in h] == [4, 5, 7]
@@ -124,7 +124,7 @@ def test_each_modality_has_a_network_for_each_structure():
 
 
 def test_factors_are_means_of_what_is_there():
-    encoder = FactorEncoder((4, 3, 5), LATTICE, hidden=())
+    encoder = FactorEncoder((4, 3, 5), LATTICE, hidden=((),) * 3)
     features = [torch.randn(4, size) for size in (4, 3, 5)]
     present = torch.tensor([[True, True, True], [True, False, True], [False, False, True], [True, False, False]])
     h, z = encoder(features), encoder.factors(features, present)
@@ -147,7 +147,7 @@ def test_training_finds_what_two_modalities_share():
     x0 = torch.stack([z[:, 0] + z[:, 1], torch.tanh(z[:, 1]) - z[:, 0], z[:, 1] ** 3 / 5], dim=1)
     x1 = torch.stack([z[:, 0] - z[:, 2], z[:, 2] + 0.5 * torch.tanh(z[:, 0]), z[:, 0] * 2], dim=1)
     torch.manual_seed(0)
-    encoder, loss = FactorEncoder((3, 3), lattice, hidden=(32,)), StructureContrastLoss(lattice)
+    encoder, loss = FactorEncoder((3, 3), lattice, hidden=((32,),) * 2), StructureContrastLoss(lattice)
     optimizer = torch.optim.Adam(encoder.parameters(), lr=1e-2)
     for _ in range(150):
         optimizer.zero_grad()

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import kladi
 import tiny
 from kladi import commands, toy
+from kladi.data.embeddings import Embeddings
 from kladi.data.load import load
 from kladi.data.views import bounded_pair, region
 from kladi.data.views.bounded_pair import BoundedPair, strengths_of
@@ -19,7 +20,7 @@ from kladi.data.views.partners import partners
 from kladi.data.views.region import Looks
 from kladi.data.views.whole import pictures
 from kladi.errors import UserError
-from kladi.evaluate.embed import Embeddings, embed
+from kladi.evaluate.embed import embed
 from kladi.evaluate.evaluation import random_encoder
 from kladi.evaluate.record import shapes
 from kladi.learn import training

@@ -254,8 +254,8 @@ def _embedded(path: Path) -> Any:
     """The features of `kladi embed` as a table, a row a row of its manifest."""
     import numpy as np
 
+    from kladi.data.embeddings import Embeddings
     from kladi.data.patient_tables import Table
-    from kladi.evaluate.embed import Embeddings
 
     found = Embeddings.read(path)
     features = found.features.astype(np.float64)

@@ -48,6 +48,7 @@ class Fingerprint:
     leaves: int
     depth: int
     metadata: tuple[str, ...]
+    tables: tuple[str, ...]
     modalities: tuple[str, ...]
     cores: int
     accelerator_gb: float
@@ -86,6 +87,7 @@ def fingerprint(dataset: Dataset, intensity: settings.Intensity | None = None) -
         leaves=len(used),
         depth=0 if tree is None or not len(used) else int(tree.depth[used].max()),
         metadata=() if dataset.label_sets is None else tuple(dataset.label_sets.attributes),
+        tables=tuple(one.name for one in dataset.modalities),
         modalities=tuple(sorted(modalities)),
         cores=os.cpu_count() or 1,
         accelerator_gb=torch.cuda.get_device_properties(0).total_memory / 2**30 if gpu else 0.0,
@@ -190,7 +192,10 @@ def _augmentation(facts: Fingerprint, colour: bool) -> dict[str, tuple[Any, str]
 
 
 def _objective(facts: Fingerprint) -> tuple[str, str]:
-    """Tree present -> label_tree; flat labels -> supcon; metadata -> metadata; neither -> simclr."""
+    """Tables beside the images -> multimodal; tree present -> label_tree; flat labels -> supcon; metadata -> metadata;
+    neither -> simclr."""
+    if facts.tables:
+        return "multimodal", f"beside the images {', '.join(facts.tables)}; a study says whether it beats the rest"
     if facts.labelled_share >= 0.5 and facts.leaves > 1:
         share = f"{facts.labelled_share:.0%} labelled, {facts.leaves} labels"
         tree = next((d for d in facts.structure if d.name == "tree against features"), None)

@@ -22,6 +22,14 @@ class Data:
     """Columns (or DICOM attributes) that become label sets."""
     keep: tuple[str, ...] = ()
     """Further columns that are kept as text; a study adds those that its tasks ask for."""
+    tables: tuple[str, ...] = ()
+    """Files beside the images, modalities of their own: of patients, of images (a column path), or embeddings.npz."""
+    covariates: tuple[str, ...] = ()
+    """Columns of the manifest that together are a modality beside the images, e.g. age,sex."""
+    levels: tuple[str, ...] = ()
+    """Columns of text in the tables that become a column of 0 and 1 for each value."""
+    leave_out: tuple[str, ...] = ()
+    """Columns of the tables that are not used."""
     synonyms: str = ""
     """TOML file laid over the shipped synonyms of metadata values."""
     metadata_trees: dict[str, Any] = field(default_factory=dict)
@@ -125,7 +133,7 @@ WITH_LABELS = frozenset(
 )
 WITHOUT_STRUCTURE = frozenset({"barlow_twins", "byol", "dino", "moco_v3", "simclr"})
 """Objectives that read neither label nor metadata."""
-WITHOUT_LABELS = WITHOUT_STRUCTURE | {"metadata"}
+WITHOUT_LABELS = WITHOUT_STRUCTURE | {"metadata", "multimodal"}
 """Objectives that read labels, and that read none; "auto" and a user's own are in neither."""
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int, UInt64
 
 from kladi.data.decoded.store import Store
+from kladi.data.modalities import Modality
 from kladi.structure.labelset import LabelSets
 from kladi.structure.taxonomy import Taxonomy
 
@@ -32,6 +33,7 @@ class Dataset:
     columns: the metadata (and site, source, ...) as text for reports, "" where unknown.
     has_patients: whether `group` comes from patient ids.
     masks: file of each row's mask, None where it has none; empty where they were not asked for.
+    modalities: tables beside the images, those that were asked for.
     """
 
     store: Store
@@ -45,6 +47,7 @@ class Dataset:
     columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     has_patients: bool = False
     masks: tuple[Path | None, ...] = ()
+    modalities: tuple[Modality, ...] = ()
 
     def __len__(self) -> int:
         return len(self.row_id)

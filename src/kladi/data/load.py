@@ -13,10 +13,12 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from kladi import config as settings
+from kladi.data import modalities
 from kladi.data.dataset import HELD_OUT, TEST, TRAIN, VAL, Dataset
 from kladi.data.decoded import store
 from kladi.data.decoded.store import Store
 from kladi.data.findings import Finding, line, merged
+from kladi.data.modalities import Beside
 from kladi.data.rows import checks, manifest, sample
 from kladi.data.rows.labels import file_tree
 from kladi.data.rows.manifest import ROLES, Manifest
@@ -36,12 +38,16 @@ SHOWN_COLUMNS = ("modality", "anatomy", "laterality", "view", "device", "site", 
 
 @dataclass(frozen=True)
 class Inspection:
-    """All that was found out about DATA. `findings` come in the order manifest, taxonomy, pixels, joined rows."""
+    """All that was found out about DATA. `findings` come in the order manifest, taxonomy, pixels, tables, joined rows.
+
+    tables: those beside the images, a row an image of the store.
+    """
 
     manifest: Manifest
     taxonomy: Taxonomy | None
     store: Store | None
     findings: tuple[Finding, ...]
+    tables: tuple[Beside, ...] = ()
 
     def errors(self) -> list[Finding]:
         return [finding for finding in self.findings if finding.severity == "error"]
@@ -89,10 +95,14 @@ def inspect(data: str | Path, config: settings.Config) -> Inspection:
         )
         findings.append(Finding("M5", "error", message, tuple(sorted(left_out))))
     findings = merged(findings)  # a header is read twice, for its tags and for its pixels
-    inspection = Inspection(rows, taxonomy, built, tuple(findings))
+    tables: tuple[Beside, ...] = ()
+    if built is not None and len(built):
+        tables, said = modalities.read(rows.table[built.source.tolist()], built.row_id, config.data)
+        findings += said
+    inspection = Inspection(rows, taxonomy, built, tuple(findings), tables)
     if not inspection.errors():
         findings += _leaks(join(inspection, config), config.data)
-    return Inspection(rows, taxonomy, built, tuple(findings))
+    return Inspection(rows, taxonomy, built, tuple(findings), tables)
 
 
 def join(inspection: Inspection, config: settings.Config) -> Dataset:
@@ -105,18 +115,20 @@ def join(inspection: Inspection, config: settings.Config) -> Dataset:
     patients = table["patient"]
     group = patient_groups(patients, pixels.pixel_digest)
     target = _targets(table["label"], taxonomy)
+    split = _splits(table["split"], group, target, pixels.row_id, config.data.held_out, config.train.seed)
     return Dataset(
         store=pixels,
         row_id=pixels.row_id,
         manifest_row=table["row"].to_numpy().astype(np.int64),
         group=group,
-        split=_splits(table["split"], group, target, pixels.row_id, config.data.held_out, config.train.seed),
+        split=split,
         taxonomy=taxonomy,
         target=target,
         label_sets=_label_sets(table.select(names), config.data),
         columns=_columns(table, (*names, *config.data.keep)),
         has_patients=patients.null_count() < len(patients),
         masks=_masks(table, inspection.manifest.root) if config.topology.region == "mask" else (),
+        modalities=modalities.standardised(inspection.tables, split == TRAIN),
     )
 
 

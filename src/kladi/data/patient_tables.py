@@ -5,7 +5,7 @@ Ids are compared and dropped: what travels on is the row that a patient has in e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,57 +154,99 @@ def _shape(text: str) -> str:
     return quoted("".join("9" if c.isdigit() else "A" if c.isalpha() else c for c in text))
 
 
-def _table(path: Path, name: str, key: str, leave_out: Sequence[str], levels: Sequence[str], outcome: str) -> Table:
-    cells = table_files.read(path)
-    numbered = key == ROW and ROW not in cells.columns
-    ids_column = ROW if numbered else _id_column(list(cells.columns), key, path)
-    ids = cells.row.cast(pl.String) if numbered else cells.columns[ids_column]
-    blank = cells.row.filter(ids.is_null()).to_list()
-    if blank:
-        raise UserError(
-            f"{path}: {line(Finding('F2', 'error', f'no id in column {quoted(ids_column)}', tuple(blank)))}"
-        )
-    twice = cells.row.filter(ids.is_duplicated()).to_list()
-    if twice:
-        said = line(Finding("F3", "error", f"a patient twice in column {quoted(ids_column)}", tuple(twice)))
-        raise UserError(f"{path}: {said}; one row a patient is needed")
-    broken = [finding for finding in cells.findings if finding.severity == "error"]
-    if broken:
-        raise UserError(f"{path}: {line(broken[0])}")
-    findings = [Finding(f.code, f.severity, f"{name}: {f.message}", f.rows) for f in cells.findings]
+@dataclass(frozen=True)
+class Columns:
+    """Columns of numbers, and of 0 and 1 for text that was split up.
+
+    values: float64[n, d], NaN where blank.
+    """
+
+    features: tuple[str, ...]
+    values: Float64[np.ndarray, "n d"]
+
+
+def columns_of(
+    cells: Mapping[str, pl.Series], row: pl.Series, where: str, *, levels: Sequence[str] = (), prefix: str = "--"
+) -> Columns:
+    """Cells as numbers.
+
+    Args:
+        cells: text by column. row: number of each row, for messages. where: the file, for messages.
+        levels: columns of text that become one column of 0 and 1 a value.
+        prefix: of the options that a message names.
+
+    Raises:
+        UserError: text where numbers belong, infinities, or a column of levels with very many values.
+    """
     features: list[str] = []
     columns: list[np.ndarray] = []
     text: list[str] = []
-    for column, raw in cells.columns.items():
-        if column in {ids_column, outcome, *leave_out}:
-            continue
+    for column, raw in cells.items():
         if column in levels:
-            _require_few(raw, column, path)
+            _require_few(raw, column, where, prefix)
             for value in raw.drop_nulls().unique().sort().to_list()[1:]:  # the first is where all others are 0
                 features.append(f"{column}={value}")
-                columns.append((raw == value).cast(pl.Float64).to_numpy())
+                columns.append((raw == value).cast(pl.Float64).fill_null(float("nan")).to_numpy())
             continue
-        numbers = _numbers(raw)
+        numbers = numbers_of(raw)
         if numbers is None:
             text.append(column)
             continue
-        infinite = cells.row.filter(pl.Series(np.abs(numbers) > LARGEST)).to_list()
+        infinite = row.filter(pl.Series(np.abs(numbers) > LARGEST)).to_list()
         if infinite:
             said = line(Finding("F4", "error", f"infinite or beyond 1e100 in column {quoted(column)}", tuple(infinite)))
-            raise UserError(f"{path}: {said}")
+            raise UserError(f"{where}: {said}")
         features.append(column)
         columns.append(numbers)
     if text:
         what = listed([quoted(column) for column in text])
+        leave_out = f"{prefix}{'leave-out' if prefix == '--' else 'leave_out'}"
         raise UserError(
-            f"{path}: text where numbers belong in {counted(len(text), 'column')}: {what}; --leave-out {text[0]} drops "
-            f"it, --levels makes a column of each value where they are few"
+            f"{where}: text where numbers belong in {counted(len(text), 'column')}: {what}; {leave_out} {text[0]} "
+            f"drops it, {prefix}levels makes a column of each value where they are few"
         )
-    values = np.stack(columns, axis=1) if columns else np.zeros((len(ids), 0))
-    there = np.asarray(~np.isnan(values).all(axis=1))
+    return Columns(tuple(features), np.stack(columns, axis=1) if columns else np.zeros((len(row), 0)))
+
+
+def identified(
+    path: Path, key: str = "", *, by_path: bool = False, prefix: str = "--"
+) -> tuple[table_files.Cells, str, pl.Series]:
+    """A file's cells, the column that says whose each row is ("" where it is the row's number), and what it says.
+
+    Args:
+        by_path: whether a column of image paths will do in the place of patient ids, and goes before them.
+
+    Raises:
+        UserError: broken cells, no such column, a row without an id, or an id twice.
+    """
+    cells = table_files.read(path)
+    images = [column for column in cells.columns if by_path and means(column, "path")]
+    numbered = key == ROW and ROW not in cells.columns
+    column = "" if numbered else images[0] if images else _id_column(list(cells.columns), key, path, prefix)
+    ids = cells.row.cast(pl.String) if numbered else cells.columns[column]
+    blank = cells.row.filter(ids.is_null()).to_list()
+    if blank:
+        raise UserError(f"{path}: {line(Finding('F2', 'error', f'no id in column {quoted(column)}', tuple(blank)))}")
+    twice = cells.row.filter(ids.is_duplicated()).to_list()
+    if twice:
+        one = ("an image", "one row an image") if images else ("a patient", "one row a patient")
+        said = line(Finding("F3", "error", f"{one[0]} twice in column {quoted(column)}", tuple(twice)))
+        raise UserError(f"{path}: {said}; {one[1]} is needed")
+    broken = [finding for finding in cells.findings if finding.severity == "error"]
+    if broken:
+        raise UserError(f"{path}: {line(broken[0])}")
+    return cells, column, ids
+
+
+def _table(path: Path, name: str, key: str, leave_out: Sequence[str], levels: Sequence[str], outcome: str) -> Table:
+    cells, ids_column, ids = identified(path, key)
+    findings = [Finding(f.code, f.severity, f"{name}: {f.message}", f.rows) for f in cells.findings]
+    used = {c: raw for c, raw in cells.columns.items() if c not in {ids_column, outcome, *leave_out}}
+    found = columns_of(used, cells.row, str(path), levels=levels)
+    there = np.asarray(~np.isnan(found.values).all(axis=1))
     if not there.all():
         findings.append(Finding("F7", "warning", f"{name}: {counted(int((~there).sum()), 'row')} without any value"))
-    values, features = _filled(values[there], features, name, findings)
+    values, features = _filled(found.values[there], found.features, name, findings)
     if not features:
         raise UserError(f"{path} has no column of numbers that differ between patients")
     kept = pl.Series(values=there.tolist(), dtype=pl.Boolean)
@@ -213,17 +255,17 @@ def _table(path: Path, name: str, key: str, leave_out: Sequence[str], levels: Se
     return Table(name, names, rows, tuple(features), values, tuple(findings), about, tuple(cells.columns))
 
 
-def _require_few(raw: pl.Series, column: str, path: Path) -> None:
+def _require_few(raw: pl.Series, column: str, where: str, prefix: str) -> None:
     """A column of many words is more likely a name or an id, which must not be written out."""
     if means(column, "patient_id") or raw.n_unique() > MOST_LEVELS:
         raise UserError(
-            f"{path}: --levels {column} has {raw.n_unique():,} different words; it takes {MOST_LEVELS} at most"
+            f"{where}: {prefix}levels {column} has {raw.n_unique():,} different words; it takes {MOST_LEVELS} at most"
         )
 
 
 def _outcome(raw: pl.Series, column: str, path: Path) -> Float64[np.ndarray, " n"]:
     """Numbers, or two words as 0 and 1."""
-    numbers = _numbers(raw)
+    numbers = numbers_of(raw)
     if numbers is None:
         words = raw.drop_nulls().unique().sort().to_list()
         if len(words) != 2:
@@ -239,7 +281,7 @@ def _outcome(raw: pl.Series, column: str, path: Path) -> Float64[np.ndarray, " n
     return numbers
 
 
-def _id_column(columns: list[str], key: str, path: Path) -> str:
+def _id_column(columns: list[str], key: str, path: Path, prefix: str) -> str:
     if key:
         if key not in columns:
             raise UserError(f"--key {key} is no column of {path}{suggestion(key, columns)}")
@@ -247,11 +289,12 @@ def _id_column(columns: list[str], key: str, path: Path) -> str:
     found = [column for column in columns if means(column, "patient_id") or column.casefold() in {"id", ""}]
     if len(found) != 1:
         what = f"{len(found)} columns that could be patient ids" if found else "no column of patient ids"
-        raise UserError(f"{path} has {what}; --key COLUMN names it; columns: {listed([quoted(c) for c in columns], 8)}")
+        mend = "--key COLUMN names it" if prefix == "--" else 'call it "patient_id", or "path" where rows are of images'
+        raise UserError(f"{path} has {what}; {mend}; columns: {listed([quoted(c) for c in columns], 8)}")
     return found[0]
 
 
-def _numbers(raw: pl.Series) -> Float64[np.ndarray, " n"] | None:
+def numbers_of(raw: pl.Series) -> Float64[np.ndarray, " n"] | None:
     """Floats, NaN where blank; None where a cell is text."""
     text = raw.set(raw.str.to_lowercase().is_in(list(MISSING_WORDS)), None)
     numbers = text.cast(pl.Float64, strict=False)
@@ -261,7 +304,7 @@ def _numbers(raw: pl.Series) -> Float64[np.ndarray, " n"] | None:
 
 
 def _filled(
-    values: Float64[np.ndarray, "n d"], features: list[str], name: str, findings: list[Finding]
+    values: Float64[np.ndarray, "n d"], features: Sequence[str], name: str, findings: list[Finding]
 ) -> tuple[Float64[np.ndarray, "n k"], list[str]]:
     """Without columns that say nothing; blanks become the mean of their column."""
     missing = np.isnan(values)

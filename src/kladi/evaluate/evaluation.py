@@ -24,18 +24,19 @@ from torch import nn
 
 from kladi import config as settings
 from kladi.data.dataset import Dataset
+from kladi.data.embeddings import Embeddings
 from kladi.data.findings import Finding
+from kladi.data.private_files import write_private
 from kladi.errors import UserError, suggestion
 from kladi.evaluate import baselines, comparisons, diagnostics, pretraining, protocol
 from kladi.evaluate.answers import LOWER_IS_BETTER, PRIMARY, Task
-from kladi.evaluate.embed import Embeddings, embed
+from kladi.evaluate.embed import embed
 from kladi.evaluate.measure import Measured, Method, measure, parts_of
 from kladi.evaluate.pretraining import Pretraining
 from kladi.evaluate.protocol import Protocol
 from kladi.evaluate.readouts.regimes import Part
 from kladi.evaluate.record import account, atlas, figures, results, shapes
 from kladi.evaluate.record.account import Subject
-from kladi.evaluate.record.files import write_private
 from kladi.evaluate.record.results import Row
 from kladi.models import backbones, fused, heads
 

@@ -18,8 +18,8 @@ from jaxtyping import Float64
 from kladi import __version__
 from kladi.data.findings import line
 from kladi.data.patient_tables import PatientTables
+from kladi.data.private_files import write_private
 from kladi.errors import UserError
-from kladi.evaluate.record.files import write_private
 from kladi.models.factors import outcome
 from kladi.models.factors.estimator import HierarchicalFactorModel, Ranks
 from kladi.models.factors.ranks import lattice_of

@@ -9,9 +9,9 @@ from jaxtyping import Bool, Int
 
 from kladi import config as settings
 from kladi.data.dataset import HELD_OUT, TEST, TRAIN, VAL
+from kladi.data.embeddings import Embeddings
 from kladi.errors import UserError
 from kladi.evaluate.answers import Task
-from kladi.evaluate.embed import Embeddings
 from kladi.evaluate.pretraining import Pretraining
 from kladi.evaluate.splits import (
     FEWEST_PATIENTS,

@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt64
 from sklearn.model_selection import StratifiedGroupKFold
 
+from kladi.data.private_files import write_private
 from kladi.errors import UserError
-from kladi.evaluate.record.files import write_private
 from kladi.structure.taxonomy import Taxonomy
 
 TRAIN, VAL, TEST, UNUSED = 0, 1, 2, -1

@@ -25,22 +25,25 @@ def fitting(preset: Callable[..., Any], args: Mapping[str, Any], name: str) -> d
     return given
 
 
+KINDS: dict[str, tuple[type, str]] = {
+    "float": (float, "a number"),
+    "bool": (bool, "true or false"),
+    "int": (int, "a whole number"),
+    "str": (str, "text"),
+    "list[float]": (list, "a list of numbers"),
+    "dict[str, float]": (dict, "a table of numbers, for example { modality = 2.0 }"),
+    "dict[str, int]": (dict, "a table of whole numbers, for example { name = 2 }"),
+}
+
+
 def _fitting(value: Any, annotation: str, what: str) -> Any:
     """A value of TOML or of the command line as the parameter wants it; whole numbers are numbers."""
-    kind = annotation.split(" | ")[0]
-    if kind == "float" and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    kinds: dict[str, tuple[type, str]] = {
-        "float": (type(None), "a number"),
-        "bool": (bool, "true or false"),
-        "int": (int, "a whole number"),
-        "str": (str, "text"),
-        "list[float]": (list, "a list of numbers"),
-        "dict[str, float]": (dict, "a table, for example { modality = 2.0 }"),
-    }
-    wanted, words = kinds[kind]
-    if not isinstance(value, wanted) or (kind == "int" and isinstance(value, bool)):
-        raise UserError(f'{what} = "{value}" is not {words}')
-    if isinstance(value, dict):
-        return {name: _fitting(inner, "float", f"{what}.{name}") for name, inner in value.items()}
-    return value
+    kinds = [kind for kind in annotation.split(" | ") if kind != "None"]
+    for kind in kinds:
+        if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        wanted, _ = KINDS[kind]
+        if isinstance(value, wanted) and isinstance(value, bool) == (kind == "bool"):
+            inner = kind.removesuffix("]").rpartition(", ")[2]
+            return {n: _fitting(v, inner, f"{what}.{n}") for n, v in value.items()} if wanted is dict else value
+    raise UserError(f'{what} = "{value}" is not {" or ".join(KINDS[kind][1] for kind in kinds)}')

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Int
@@ -17,15 +18,18 @@ class Facts:
     """Of the training rows, and nothing of the others.
 
     taxonomy: of the labels, or None. target: node id of each training row, -1 where unlabelled. label_sets: or None.
+    tables: beside the images, and the columns of each.
     """
 
     taxonomy: Taxonomy | None
     target: Int[np.ndarray, " n"]
     label_sets: LabelSets | None
+    tables: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, dataset: Dataset) -> Facts:
-        return cls(dataset.taxonomy, dataset.target[dataset.split == TRAIN], dataset.label_sets)
+        tables = {one.name: len(one.features) for one in dataset.modalities}
+        return cls(dataset.taxonomy, dataset.target[dataset.split == TRAIN], dataset.label_sets, tables)
 
     @property
     def labelled(self) -> int:

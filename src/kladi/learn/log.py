@@ -46,6 +46,9 @@ class Log:
         held = dataset.group[~train]
         held_out = f"{len(np.unique(held)):,} patients" if dataset.has_patients else f"{len(held):,} images"
         self.say("data", f"{int(train.sum()):,} images{patients}; {held_out} held out")
+        for one in dataset.modalities:
+            known = int((one.present & (dataset.split == TRAIN)).sum())
+            self.say("table", f"{one.name}: {len(one.features):,} columns, {known:,} of {int(train.sum()):,} images")
         if "label" in objective.targets.values():
             known = int((dataset.target[train] >= 0).sum())
             free = [name for name, target in objective.targets.items() if target != "label"]

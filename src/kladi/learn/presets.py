@@ -18,6 +18,7 @@ from kladi.learn import plugin
 from kladi.learn.arguments import fitting
 from kladi.learn.classifier import LinearClassifier, TreeClassifier
 from kladi.learn.facts import Facts
+from kladi.learn.multimodal import multimodal
 from kladi.learn.objectives import LABEL, METADATA, Answers, Supervised, Term
 from kladi.learn.unlabelled import barlow_twins, byol, dino, moco_v3, simclr
 from kladi.losses import (
@@ -225,13 +226,15 @@ def himulcon(
 
 
 def auto(facts: Facts, encoder: nn.Module, projector: nn.Module) -> Supervised:
-    """What the data can carry: label_tree, supcon (flat labels), metadata, simclr."""
+    """What the data can carry: multimodal, label_tree, supcon (flat labels), metadata, simclr."""
     return PRESETS[choose(facts)](facts, encoder, projector)
 
 
 def choose(facts: Facts) -> str:
-    """Most training rows labelled, two classes or more: label_tree where they have a tree, supcon where they are flat;
-    else metadata where there is any, else simclr."""
+    """Tables beside the images: multimodal. Else, most training rows labelled, two classes or more: label_tree where
+    they have a tree, supcon where they are flat. Else metadata where there is any, else simclr."""
+    if facts.tables:
+        return "multimodal"
     tax = facts.taxonomy
     if tax is not None and facts.labelled >= 0.5 * len(facts.target) and facts.classes > 1:
         deep = tax.is_tree and int(tax.depth[facts.target[facts.target >= 0]].max()) > 1
@@ -256,6 +259,7 @@ PRESETS: dict[str, Preset] = {
     "label_tree": label_tree,
     "metadata": metadata,
     "moco_v3": moco_v3,
+    "multimodal": multimodal,
     "simclr": simclr,
     "soft_labels": soft_labels,
     "supcon": supcon,

@@ -203,7 +203,7 @@ def require_same(run: Path, config: settings.Config, dataset: Dataset) -> None:
     if difference:
         raise UserError(f"--resume: the data have changed: {difference}; --out ANOTHER starts anew")
     if described.get("digest") != digest(dataset):
-        raise UserError("--resume: the metadata columns or their weights have changed; --out ANOTHER starts anew")
+        raise UserError("--resume: metadata columns, their weights, or tables have changed; --out ANOTHER starts anew")
 
 
 def not_the_same_bits(run: Path, device: torch.device) -> str:
@@ -225,7 +225,9 @@ def read_config(run: Path) -> settings.Config:
     config = settings.read(run / "config.toml")
     trees = {f"data.metadata_trees.{name}": copy for name, copy in config.data.metadata_trees.items()}
     named = {"data.taxonomy": config.data.taxonomy, "data.synonyms": config.data.synonyms, **trees}
-    return settings.override(config, {key: str(run / name) for key, name in named.items() if name})
+    config = settings.override(config, {key: str(run / name) for key, name in named.items() if name})
+    # Tables beside the images were for training; they are not copied, and nothing after it reads them.
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tables=(), covariates=()))
 
 
 def read_rows(run: Path) -> Rows:
@@ -244,6 +246,7 @@ def portable(config: settings.Config) -> settings.Config:
         metadata_trees=_metadata_trees(config.data),
         key="",
         store="",
+        tables=tuple(Path(table).name for table in config.data.tables),
     )
     file, colon, name = config.objective.name.rpartition(":")
     objective = dataclasses.replace(config.objective, name=f"{Path(file).name}{colon}{name}")
@@ -266,7 +269,19 @@ def digest(dataset: Dataset) -> str:
     tree = "" if dataset.taxonomy is None else dataset.taxonomy.digest
     sets = dataset.label_sets
     metadata = "" if sets is None else json.dumps([sets.attributes, sets.weight.tolist()])
-    return hashlib.sha256("\n".join([Rows.of(dataset).digest(), tree, metadata]).encode()).hexdigest()
+    said = [Rows.of(dataset).digest(), tree, metadata]
+    if dataset.modalities:
+        said.append(_tables_digest(dataset))
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()
+
+
+def _tables_digest(dataset: Dataset) -> str:
+    """Over the modalities beside the images; not the order of the rows."""
+    order, seen = np.argsort(dataset.row_id), hashlib.sha256()
+    for one in dataset.modalities:
+        seen.update(json.dumps([one.name, one.features]).encode())
+        seen.update(one.values[order].astype("<f4").tobytes() + one.present[order].tobytes())
+    return seen.hexdigest()
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:
@@ -280,6 +295,7 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         "splits": {name: int((dataset.split == number).sum()) for name, number in splits.items()},
         "labelled": int((dataset.target >= 0).sum()),
         "metadata": [] if dataset.label_sets is None else list(dataset.label_sets.attributes),
+        "modalities": {one.name: len(one.features) for one in dataset.modalities},
     }
 
 

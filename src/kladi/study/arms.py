@@ -21,11 +21,12 @@ from jaxtyping import Int
 from kladi import __version__
 from kladi import config as settings
 from kladi.data.dataset import TRAIN, Dataset
+from kladi.data.embeddings import Embeddings
 from kladi.errors import UserError
 from kladi.evaluate import baselines
 from kladi.evaluate.answers import Task
 from kladi.evaluate.controls import shuffled_leaves
-from kladi.evaluate.embed import Embeddings, describe, embed
+from kladi.evaluate.embed import describe, embed
 from kladi.evaluate.readouts.criteria import Criterion, judges
 from kladi.evaluate.readouts.regimes import OwnAnswers
 from kladi.learn import console, presets, run_folder, training

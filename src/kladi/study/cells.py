@@ -21,10 +21,10 @@ from jaxtyping import Bool
 from kladi import __version__
 from kladi import config as settings
 from kladi.data.dataset import TRAIN, Dataset
+from kladi.data.embeddings import Embeddings
 from kladi.data.load import load
 from kladi.errors import RunStopped
 from kladi.evaluate.answers import Task
-from kladi.evaluate.embed import Embeddings
 from kladi.evaluate.measure import Keeper, Measured, Method, measure
 from kladi.evaluate.pretraining import own_answers, seen_rows, space_of
 from kladi.evaluate.readouts.finetune import Start, begin, fine_tune

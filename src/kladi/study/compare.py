@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from kladi.data.dataset import TRAIN
+from kladi.data.embeddings import Embeddings
 from kladi.errors import RunStopped, UserError
 from kladi.evaluate import comparisons, diagnostics
-from kladi.evaluate.embed import Embeddings
 from kladi.evaluate.measure import Measured
 from kladi.evaluate.record import account, atlas, results
 from kladi.evaluate.splits import TEST, find_leaks, refuse_leaks

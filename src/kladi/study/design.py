@@ -47,7 +47,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -75,7 +75,15 @@ Control = Literal[
 ]
 Compat = Literal["", "paper", "released"]
 NOT_PRETRAINED = "none"
-PATHS = ("data.taxonomy", "data.synonyms", "data.metadata_trees", "data.key", "data.store", "init.weights")
+PATHS = (
+    "data.taxonomy",
+    "data.synonyms",
+    "data.metadata_trees",
+    "data.tables",
+    "data.key",
+    "data.store",
+    "init.weights",
+)
 """Settings that name a file; in a study they are relative to its file."""
 _NAME = re.compile(r"\w[\w +.-]{0,59}")
 OF_THE_STUDY = ("data", "intensity", "evaluate")
@@ -388,6 +396,8 @@ def _path(key: str, value: Any, folder: Path) -> Any:
         return value
     if isinstance(value, Mapping):
         return {name: _path(key, inner, folder) for name, inner in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_path(key, inner, folder) for inner in value]
     return str(folder / value) if isinstance(value, str) else value
 
 

@@ -11,12 +11,12 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt64
 
 from kladi.data.dataset import Dataset
+from kladi.data.private_files import write_private
 from kladi.data.views import philox
 from kladi.errors import UserError, suggestion
 from kladi.evaluate.answers import MOST_AUC_CLASSES, Task
 from kladi.evaluate.measure import parts_of
 from kladi.evaluate.readouts.regimes import Part
-from kladi.evaluate.record.files import write_private
 from kladi.evaluate.splits import TEST, TRAIN, UNUSED, VAL, Splits, make_splits, scored_classes
 from kladi.structure.synonyms import UNKNOWN, normal
 from kladi.structure.taxonomy import Taxonomy

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from kladi.data.private_files import write_private
 from kladi.evaluate.answers import Answers, RowMean
 from kladi.evaluate.measure import Measured
-from kladi.evaluate.record.files import write_private
 from kladi.evaluate.record.results import Row
 
 FORMAT, VERSION = "kladi-cell", 1

@@ -75,12 +75,16 @@ class Batch:
     target: name -> int64[B], e.g. "label" (node id of the taxonomy) and "metadata" (label-set class id).
     present: name -> bool[B], False where the row has no such target (its target entry is then 0 and must not be read).
     row: int64[B], position in the data set.
+    tables: float[B, d] of each modality beside the images; in_table: bool[B, tables], False where a row is not in it
+        (what the table holds there must not be read). None where there are no tables.
     """
 
     views: tuple[View, ...]
     target: Mapping[str, Int[Tensor, " B"]]
     present: Mapping[str, Bool[Tensor, " B"]]
     row: Int[Tensor, " B"]
+    tables: tuple[Float[Tensor, "B _"], ...] = ()
+    in_table: Bool[Tensor, "B T"] | None = None
 
     def to(self, device: torch.device) -> Batch:
         return Batch(
@@ -88,4 +92,6 @@ class Batch:
             {name: value.to(device) for name, value in self.target.items()},
             {name: value.to(device) for name, value in self.present.items()},
             self.row.to(device),
+            tuple(table.to(device) for table in self.tables),
+            None if self.in_table is None else self.in_table.to(device),
         )

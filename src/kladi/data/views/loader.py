@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int, Int64
+from jaxtyping import Bool, Int, Int64
 
 from kladi import config as settings
 from kladi.data.dataset import TRAIN, Dataset
@@ -132,7 +132,13 @@ class Loader:
             target={name: ids.clamp(min=0) for name, ids in classes.items()},
             present={name: ids >= 0 for name, ids in classes.items()},
             row=torch.from_numpy(share).to(device),
+            tables=tuple(torch.from_numpy(one.values[share]).to(device) for one in self.dataset.modalities),
+            in_table=self._in_table(share),
         )
+
+    def _in_table(self, share: Int[np.ndarray, " b"]) -> Bool[torch.Tensor, "b T"] | None:
+        present = [one.present[share] for one in self.dataset.modalities]
+        return torch.from_numpy(np.stack(present, axis=1)).to(self.device) if present else None
 
     def _augmented(self, share: Int[np.ndarray, " b"], epoch: int) -> tuple[View, ...]:
         data, config = self.dataset, self.config

@@ -1,19 +1,20 @@
-"""Linear probes under any criterion: all folds, repeats and penalties of a variant solved at once.
+"""Linear probes under any criterion: for each fold, repeat, variant and penalty the minimum of
 
-    J_p(V, b) = (1 / S_p) sum_i m_pi L(x~_i V + b, y_i) + (lambda_p / 2) ||V||^2,      S_p = sum_i m_pi
+    J(V, b) = 1/n sum_i L(x~_i V + b, y_i) + (lambda / 2) ||V||^2
 
-with x~ standardised on the rows of the mask m_p, as the plain probe has it. The criteria that know a tree are not
-convex, so there is no Newton system to solve: the sum over problems, which separates, goes through one L-BFGS.
+over its training rows, with x~ standardised on these, as the plain probe has it. The criteria that know a tree are not
+convex, so there is no Newton system to solve, and L-BFGS takes its place. It solves one problem at a time: of many at
+once the hardest decides how many steps all of them take, and its memory is that of their sum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from kladi.evaluate import metrics
@@ -24,12 +25,10 @@ from kladi.evaluate.splits import TEST, TRAIN, VAL
 
 LAMBDAS = tuple(10.0 ** (1 - k) for k in range(7))
 """Every other penalty of the plain probe's grid, from 10 down to 1e-5."""
-ENTRIES = 1 << 26
-"""Logits that are held at once; problems beyond are solved after one another."""
 ITERATIONS = 400
 TOLERANCE = 1e-5
 NEAR = 1e-3
-"""The largest entry of a gradient at which a problem counts as solved: in float32, of a sum over all problems."""
+"""The largest entry of a gradient at which a problem counts as solved, in float32."""
 
 
 def tree_probe(
@@ -66,20 +65,19 @@ def _probed(
     shown = list(view.able())
     if not shown:
         return
-    train = np.stack([part.of == TRAIN for part, *_ in shown])
-    classes = np.unique(view.task.target[train.any(axis=0)])
+    seen = np.logical_or.reduce([part.of == TRAIN for part, *_ in shown])
+    classes = np.unique(view.task.target[seen])
     code = column_of(view.task.target, classes)
     best: list[tuple[tuple[float, float], int, Judge, Tensor, Tensor] | None] = [None] * len(shown)
     for judge in judges(criterion, view.task.taxonomy, classes, seed):
-        matrices = [features for _, features, _ in shown] if len(view.features) > 1 else [view.features[0]]
-        for (m, penalty), solved, weight, bias in _solved(judge, matrices, code, train, lambdas):
-            part, features, _ = shown[m]
-            notes.unsolved += not solved
-            val = part.rows(VAL)
-            score = _score(_log_p(judge, features, val, weight, bias), view.target(val), classes)
-            held = best[m]
-            if held is None or score > held[0]:
-                best[m] = (score, penalty, judge, weight, bias)
+        for m, (part, features, _) in enumerate(shown):
+            train, val = part.rows(TRAIN), part.rows(VAL)
+            for penalty, solved, weight, bias in _solved(judge, features[train], code[train], lambdas):
+                notes.unsolved += not solved
+                score = _score(_log_p(judge, features, val, weight, bias), view.target(val), classes)
+                held = best[m]
+                if held is None or score > held[0]:
+                    best[m] = (score, penalty, judge, weight, bias)
     for (part, features, _), found in zip(shown, best, strict=True):
         if found is not None:
             _, penalty, judge, weight, bias = found
@@ -109,46 +107,28 @@ def _log_p(
 
 def _solved(
     judge: Judge,
-    matrices: Sequence[Float[np.ndarray, "n F"]],
+    x: Float[np.ndarray, "n F"],
     code: Int[np.ndarray, " n"],
-    train: Bool[np.ndarray, "M n"],
     lambdas: tuple[float, ...],
-) -> Iterator[tuple[tuple[int, int], bool, Tensor, Tensor]]:
-    """Of every mask and penalty: which they are, whether it was solved, weight [F, columns] and bias on raw rows."""
-    used = train.any(axis=0)
-    y = torch.from_numpy(code[used])
-    problems = [(m, penalty) for m in range(len(train)) for penalty in range(len(lambdas))]
-    size = max(1, ENTRIES // max(1, int(used.sum()) * judge.columns))
-    for start in range(0, len(problems), size):
-        some = problems[start : start + size]
-        mask = torch.from_numpy(train[[m for m, _ in some]][:, used].astype(np.float32))
-        x = [torch.from_numpy(matrices[m % len(matrices)][used].astype(np.float32)) for m, _ in some]
-        share = mask / mask.sum(1, keepdim=True)
-        mean = torch.stack([s @ a for s, a in zip(share, x, strict=True)])
-        sd = torch.stack([(s @ (a - mu) ** 2).sqrt() for s, a, mu in zip(share, x, mean, strict=True)])
-        scale = torch.where(sd > 0, 1 / sd.clamp_min(1e-30), 0)
-        shared = x[0] if len(matrices) == 1 else torch.stack(x)
-        penalties = torch.tensor([lambdas[penalty] for _, penalty in some])
-        V, b, solved = _minimum(judge, shared, y, share, mean, scale, penalties)
-        weight = V * scale[:, :, None]
-        for p, which in enumerate(some):
-            yield which, bool(solved[p]), weight[p], b[p] - mean[p] @ weight[p]
+) -> Iterator[tuple[int, bool, Tensor, Tensor]]:
+    """Of every penalty: its place, whether it was solved, weight [F, columns] and bias on raw rows."""
+    rows = torch.from_numpy(x.astype(np.float32))
+    mean = rows.mean(0)
+    sd = rows.std(0, correction=0)
+    scale = torch.where(sd > 0, 1 / sd.clamp_min(1e-30), 0)
+    standardised, y = (rows - mean) * scale, torch.from_numpy(code)
+    for place, penalty in enumerate(lambdas):
+        V, b, solved = _minimum(judge, standardised, y, penalty)
+        weight = V * scale[:, None]
+        yield place, solved, weight, b - mean @ weight
 
 
 def _minimum(
-    judge: Judge,
-    x: Float[Tensor, "*P n F"],
-    y: Int[Tensor, " n"],
-    share: Float[Tensor, "P n"],
-    mean: Float[Tensor, "P F"],
-    scale: Float[Tensor, "P F"],
-    penalty: Float[Tensor, " P"],
-) -> tuple[Float[Tensor, "P F K"], Float[Tensor, "P K"], Bool[Tensor, " P"]]:
-    """V and b of all problems, from zero, and which of them have come near a minimum."""
-    P, F = scale.shape
-    V = torch.zeros(P, F, judge.columns, requires_grad=True)
-    b = torch.zeros(P, judge.columns, requires_grad=True)
-    n, targets = len(y), y.repeat_interleave(P)
+    judge: Judge, x: Float[Tensor, "n F"], y: Int[Tensor, " n"], penalty: float
+) -> tuple[Float[Tensor, "F K"], Float[Tensor, " K"], bool]:
+    """V and b, from zero, and whether they have come near a minimum."""
+    V = torch.zeros(x.shape[1], judge.columns, requires_grad=True)
+    b = torch.zeros(judge.columns, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [V, b],
         max_iter=ITERATIONS,
@@ -160,18 +140,11 @@ def _minimum(
 
     def objective() -> Tensor:
         optimizer.zero_grad()
-        weight = V * scale[:, :, None]
-        # One product for all problems where they share their rows.
-        own = x.ndim == 3
-        product = (x @ weight).transpose(0, 1) if own else (x @ weight.transpose(0, 1).flatten(1)).view(n, P, -1)
-        logits = product + (b - (mean[:, None] @ weight)[:, 0])
-        rows = judge.rows(logits.flatten(0, 1), targets).view(n, P)
-        value = (share.T * rows).sum() + 0.5 * (penalty * V.square().sum((1, 2))).sum()
+        value = judge.rows(x @ V + b, y).mean() + 0.5 * penalty * V.square().sum()
         value.backward()
         return value
 
     optimizer.step(objective)
     objective()
-    slopes = [torch.zeros_like(p) if p.grad is None else p.grad for p in (V, b)]
-    steepest = torch.maximum(slopes[0].abs().amax((1, 2)), slopes[1].abs().amax(1))
+    steepest = max(0.0 if p.grad is None else float(p.grad.abs().max()) for p in (V, b))
     return V.detach(), b.detach(), steepest < NEAR

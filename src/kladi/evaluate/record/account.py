@@ -16,10 +16,10 @@ from torch import nn
 from kladi import __version__
 from kladi import config as settings
 from kladi.data.dataset import Dataset
+from kladi.data.embeddings import Embeddings
 from kladi.data.findings import Finding, line
 from kladi.evaluate import comparisons
 from kladi.evaluate.answers import PRIMARY
-from kladi.evaluate.embed import Embeddings
 from kladi.evaluate.measure import Measured, Method
 from kladi.evaluate.pretraining import Pretraining
 from kladi.evaluate.protocol import Protocol

@@ -23,9 +23,9 @@ from PIL import Image
 
 from kladi.data.dataset import HELD_OUT, TEST, TRAIN, VAL, Dataset
 from kladi.data.decoded.store import Store
-from kladi.evaluate.embed import Embeddings
+from kladi.data.embeddings import Embeddings
+from kladi.data.private_files import write_private
 from kladi.evaluate.readouts.neighbours import purity, unit
-from kladi.evaluate.record.files import write_private
 
 MOST_POINTS = 2000
 THUMBNAIL = 48

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Int
 
 from kladi.data.dataset import TRAIN
+from kladi.data.embeddings import Embeddings
 from kladi.evaluate import metrics
 from kladi.evaluate.answers import Answers, Task
-from kladi.evaluate.embed import Embeddings
 from kladi.evaluate.record.results import Row
 from kladi.losses import geometry as spaces
 from kladi.structure.taxonomy import Taxonomy

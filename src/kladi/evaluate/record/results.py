@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kladi.data.private_files import write_private
 from kladi.errors import UserError
-from kladi.evaluate.record.files import write_private
 
 FORMAT, VERSION = "kladi-results", 1
 SECTIONS = {

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from kladi.data.dataset import TRAIN, Dataset
+from kladi.data.embeddings import Embeddings
 from kladi.data.views import whole
-from kladi.evaluate.embed import Embeddings
 from kladi.evaluate.record.atlas import top_names
 from kladi.models.fused import DiagramAlone, Fused, file_masks
 from kladi.models.topology import EXPERTS

@@ -24,20 +24,26 @@ class FactorEncoder(nn.Module):
     Args:
         sizes: features of each modality.
         lattice: structures and ranks.
-        hidden: widths of the layers between.
+        hidden: widths of the layers between, of each modality; none: a linear map, e.g. of features that come from a
+            network of their own. None: 256 and 128 for every one.
 
     Source: Li, Yu, Zhou, Hierarchical contrastive learning for multimodal data, 2026; there one network serves all
     structures of a size.
     """
 
-    def __init__(self, sizes: Sequence[int], lattice: Lattice, *, hidden: Sequence[int] = HIDDEN) -> None:
+    def __init__(
+        self, sizes: Sequence[int], lattice: Lattice, *, hidden: Sequence[Sequence[int]] | None = None
+    ) -> None:
         super().__init__()
         if len(sizes) != lattice.modalities:
             raise ValueError(f"{len(sizes)} modalities have sizes; the lattice has {lattice.modalities}")
         self.lattice = lattice
+        widths = [HIDDEN] * len(sizes) if hidden is None else hidden
+        if len(widths) != len(sizes):
+            raise ValueError(f"{len(sizes)} modalities, and layers of {len(widths)}")
         self.networks = nn.ModuleDict(
             {
-                _key(m, structure): _network(size, hidden, rank)
+                _key(m, structure): _network(size, widths[m], rank)
                 for m, size in enumerate(sizes)
                 for structure, rank in zip(lattice.structures, lattice.ranks, strict=True)
                 if m in structure

@@ -1,0 +1,159 @@
+"""Tables beside images: how a row finds its image, what is refused, that only training rows set centre and scale."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kladi import config as settings
+from kladi.data import load, modalities
+from kladi.data.dataset import TRAIN
+from kladi.data.embeddings import Embeddings
+from kladi.data.modalities import Beside
+from kladi.errors import UserError
+from kladi.learn import run_folder
+
+N = 40
+
+
+@pytest.fixture(scope="module")
+def ward(tmp_path_factory):
+    """40 images of 20 patients, of which 30 are for training, with age and sex in the manifest."""
+    folder = tmp_path_factory.mktemp("ward")
+    lines = ["path,label,patient_id,split,age,sex"]
+    for i in range(N):
+        Image.new("L", (16, 16), 5 * i + 10).save(folder / f"{i}.png")
+        age = "" if i == 3 else str(30 + i)
+        lines.append(f"{i}.png,{'ab'[i % 2]},P{i // 2},{'train' if i < 30 else 'test'},{age},{'fm'[i // 2 % 2]}")
+    (folder / "manifest.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def read(ward, **data):
+    given = {f"data.{key}": value for key, value in data.items()}
+    config = settings.override(settings.Config(), {"data.store": str(ward / "store"), "intensity.size": 16, **given})
+    return load.load(ward / "manifest.csv", config)
+
+
+def table(ward, name, text):
+    (ward / name).write_text(text)
+    return str(ward / name)
+
+
+def test_columns_of_the_manifest_are_one_modality(ward):
+    dataset, _ = read(ward, covariates=["age", "sex"])
+    (found,) = dataset.modalities
+    assert (found.name, found.features) == ("covariates", ("age", "sex=m"))
+    assert found.present.all()
+    train = dataset.split == TRAIN
+    known = np.arange(N) != 3
+    assert found.values[3, 0] == 0  # blank: the mean
+    ages = 30.0 + np.arange(N)
+    centre, scale = ages[train & known].mean(), ages[train & known].std()
+    np.testing.assert_allclose(found.values[known, 0], (ages[known] - centre) / scale, rtol=1e-5)
+
+
+def test_a_file_of_patients_reaches_every_image_of_each(ward):
+    rows = "\n".join(f"P{k},{k * k}.5,{k % 3}" for k in range(15))
+    path = table(ward, "labs.csv", f"patient_id,crp,stage\n{rows}\n")
+    dataset, inspection = read(ward, tables=[path])
+    (found,) = dataset.modalities
+    assert found.name == "labs"
+    assert found.present.tolist() == [i // 2 < 15 for i in range(N)]
+    assert (found.values[30:] == 0).all()
+    assert found.values[0].tolist() == found.values[1].tolist() != found.values[2].tolist()
+    assert any("table labs: 30 rows of 40 are in it" in finding.message for finding in inspection.findings)
+
+
+def test_a_file_with_a_column_of_paths_is_joined_by_image(ward):
+    rows = "\n".join(f"{i}.png,{i},{i % 5}" for i in reversed(range(0, N, 2)))
+    dataset, _ = read(ward, tables=[table(ward, "counts.csv", f"path,red,white\n{rows}\n")])
+    (found,) = dataset.modalities
+    assert found.present.tolist() == [i % 2 == 0 for i in range(N)]
+    assert (np.diff(found.values[::2, 0]) > 0).all()
+
+
+def test_ready_embeddings_are_joined_by_content(ward, tmp_path):
+    dataset, _ = read(ward)
+    order = np.random.default_rng(0).permutation(N)
+    features = np.random.default_rng(1).normal(size=(N, 6)).astype(np.float32)
+    fields = {name: getattr(dataset, name)[order] for name in ("row_id", "manifest_row", "target", "group", "split")}
+    made = Embeddings(features[order], None, pixel_digest=dataset.store.pixel_digest[order], **fields)
+    made.write(tmp_path / "other.npz")
+    (found,) = read(ward, tables=[str(tmp_path / "other.npz")])[0].modalities
+    train = dataset.split == TRAIN
+    want = (features - features[train].mean(axis=0)) / features[train].std(axis=0)
+    np.testing.assert_allclose(found.values, want, atol=1e-5)
+
+
+def test_other_rows_do_not_move_the_training_rows(ward):
+    """What is held out has no say in centre, scale, or which columns are used."""
+    values = np.random.default_rng(0).normal(size=(N, 3))
+    values[:30, 2] = 4  # differs among the held out alone
+    train = np.arange(N) < 30
+    (one,) = modalities.standardised([Beside("t", ("a", "b", "c"), values)], train)
+    values = values.copy()
+    values[30:] *= 1e6
+    (two,) = modalities.standardised([Beside("t", ("a", "b", "c"), values)], train)
+    assert one.features == ("a", "b")
+    assert np.array_equal(one.values[:30], two.values[:30])
+
+
+def test_the_digest_knows_the_tables(ward):
+    bare = read(ward)[0]
+    one = read(ward, covariates=["age"])[0]
+    (found,) = one.modalities
+    moved = dataclasses.replace(one, modalities=(dataclasses.replace(found, values=found.values + 1),))
+    assert len({run_folder.digest(dataset) for dataset in (bare, one, moved)}) == 3
+    assert run_folder.describe(one)["modalities"] == {"covariates": 1}
+    config = settings.override(settings.Config(), {"data.tables": ["/home/jane/labs.csv"]})
+    assert run_folder.portable(config).data.tables == ("labs.csv",)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("patient_id,crp\nP1,1\nP1,2\n", "a patient twice"),
+        ("path,crp\n1.png,1\n1.png,2\n", "an image twice"),
+        ("patient_id,crp\nX1,1\nX2,2\n", 'no patient of DATA is in its column "patient_id"'),
+        ("path,crp\nscan1.png,1\nscan2.png,2\n", 'no image of DATA is in its column "path"'),
+        ("patient_id,crp\nP1,1\nP2,2\n", "4 training images of 30 have a row in it; 10 are needed"),
+        ("patient_id,ward\nP1,east\nP2,west\n", "--data.leave_out ward drops it, --data.levels"),
+        ("patient_id,crp\nP1,1\nP2,inf\n", "infinite or beyond 1e100"),
+        ("name,crp\nP1,1\nP2,2\n", 'call it "patient_id", or "path"'),
+        ("patient_id,crp\n" + "".join(f"P{k},7\n" for k in range(20)), "no column differs between training images"),
+    ],
+)
+def test_faults_are_named(ward, text, said):
+    with pytest.raises(UserError, match="labs") as caught:
+        read(ward, tables=[table(ward, "labs.csv", text)])
+    assert said in str(caught.value)
+    assert "P1" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("column", "said"),
+    [
+        ("label", "says the label of a row"),
+        ("patient_id", "says the patient_id of a row"),
+        ("split", "says the split of a row"),
+        ("agee", 'is no column of the manifest; closest: "age"'),
+    ],
+)
+def test_columns_that_are_no_covariates_are_named(ward, column, said):
+    with pytest.raises(UserError, match=f"--data.covariates {column}") as caught:
+        read(ward, covariates=[column])
+    assert said in str(caught.value)
+
+
+def test_a_name_is_used_once(ward):
+    path = table(ward, "covariates.csv", "patient_id,crp\n" + "".join(f"P{k},{k}\n" for k in range(20)))
+    with pytest.raises(UserError, match='two modalities are called "covariates"'):
+        read(ward, tables=[path], covariates=["age"])
+
+
+def test_an_unknown_column_of_the_only_table_is_named(ward):
+    path = table(ward, "labs.csv", "patient_id,crp\n" + "".join(f"P{k},{k}\n" for k in range(20)))
+    with pytest.raises(UserError, match=r'--data.leave_out cpr is no column .*; closest: "crp"'):
+        read(ward, tables=[path], leave_out=["cpr"])
