@@ -7,6 +7,8 @@ for, whichever modalities a patient lacks. With H = E[zz^T], g = E[zy] of centre
 
     1/2 beta^T H beta - g^T beta + penalty sum_S sqrt(r_S) ||beta_S||
 
+which chooses the groups; their beta is that without the penalty, which would shrink it.
+
 Source: corrected least squares and group lasso on factors are those of Li, Yu, Zhou, Hierarchical contrastive learning
 for multimodal data, 2026, there with a correction of H for the noise of unshrunken scores; the weights sqrt(r_S) are
 those of Yuan and Lin, 2006.
@@ -49,19 +51,22 @@ class Outcome:
 def fit(
     scores: Float64[np.ndarray, "n R"], y: Float64[np.ndarray, " n"], lattice: Lattice, *, folds: int = 5, seed: int = 0
 ) -> Outcome:
-    """The penalty is chosen by cross-validation among these rows alone; of two that do as well the larger.
+    """Groups are chosen by the lasso, their beta by least squares without it; the penalty by cross-validation among these
+    rows alone: the largest that does no worse than the best, by one standard error of the folds' difference.
 
     Raises:
         ValueError: fewer rows than folds.
     """
     if len(y) < 2 * folds:
         raise ValueError(f"{len(y)} patients have an outcome; {folds} folds need {2 * folds}")
-    errors = np.zeros(len(PENALTIES))
-    for test in _folds(len(y), folds, seed):
+    errors = np.zeros((folds, len(PENALTIES)))
+    for fold, test in enumerate(_folds(len(y), folds, seed)):
         train = np.setdiff1d(np.arange(len(y)), test)
         for i, found in enumerate(_path(scores[train], y[train], lattice)):
-            errors[i] += float(np.square(y[test] - found.predict(scores[test])).sum())
-    return _path(scores, y, lattice)[int(np.argmin(errors))]
+            errors[fold, i] = float(np.square(y[test] - found.predict(scores[test])).mean())
+    worse = errors - errors[:, [int(errors.mean(axis=0).argmin())]]
+    no_worse = worse.mean(axis=0) <= worse.std(axis=0, ddof=1) / np.sqrt(folds)
+    return _path(scores, y, lattice)[int(np.argmax(no_worse))]
 
 
 def nested(
@@ -84,7 +89,8 @@ def _folds(n: int, folds: int, seed: int) -> list[Int[np.ndarray, " m"]]:
 
 
 def _path(x: np.ndarray, y: np.ndarray, lattice: Lattice) -> list[Outcome]:
-    """One fit a penalty, from the largest to none, each from where the one before ended."""
+    """One fit a penalty, from the largest to none, each from where the one before ended; what the lasso keeps is fitted
+    again without it."""
     mean, centre = float(y.mean()), x.mean(axis=0)
     z, t = x - centre, y - mean
     h, g = z.T @ z / len(z), z.T @ t / len(z)
@@ -94,7 +100,10 @@ def _path(x: np.ndarray, y: np.ndarray, lattice: Lattice) -> list[Outcome]:
     out: list[Outcome] = []
     for share in PENALTIES:
         beta = group_lasso(h, g, share * most, groups, beta)
-        out.append(Outcome(beta.copy(), mean, centre, share, lattice))
+        kept = np.flatnonzero(beta)
+        free = np.zeros_like(beta)
+        free[kept] = np.linalg.lstsq(h[np.ix_(kept, kept)], g[kept], rcond=1e-10)[0]
+        out.append(Outcome(free, mean, centre, share, lattice))
     return out
 
 
