@@ -39,18 +39,14 @@ def principal(tables: list[np.ndarray], lattice: Lattice) -> Found:
     return Found(vectors[:, -lattice.width :] * np.sqrt(values[-lattice.width :]), None)
 
 
-def mcca(tables: list[np.ndarray], lattice: Lattice) -> Found:
+def mcca(tables: list[np.ndarray], rank: int) -> Found:
     """Canonical variates of all modalities together: leading left singular vectors of their whitened tables side by
     side. It has globally shared factors alone."""
-    whole = tuple(range(lattice.modalities))
-    rank = lattice.rank(whole)
-    if not rank:
-        return Found(np.zeros((sum(x.shape[1] for x in tables), 0)), None)
     centred = [x - x.mean(axis=0) for x in tables]
     white = np.concatenate([np.linalg.svd(x, full_matrices=False)[0] for x in centred], axis=1)
     scores = np.linalg.svd(white, full_matrices=False)[0][:, :rank]
     weights = np.concatenate([x.T @ scores for x in centred]) / np.sqrt(len(scores))
-    return Found(weights, Lattice.of(lattice.modalities, {whole: rank}))
+    return Found(weights, Lattice.of(len(tables), {tuple(range(len(tables))): rank}))
 
 
 def ajive(tables: list[np.ndarray], lattice: Lattice) -> Found:
@@ -58,15 +54,16 @@ def ajive(tables: list[np.ndarray], lattice: Lattice) -> Found:
     from mvlearn.decomposition import AJIVE
 
     whole = tuple(range(lattice.modalities))
-    joint = lattice.rank(whole)
-    own = [int(lattice.of_modality(m).sum()) for m in range(lattice.modalities)]
+    # It takes at least one joint factor, and no more than rows and columns of a table allow.
+    own = [max(1, min(int(lattice.of_modality(m).sum()), len(x) - 1, x.shape[1])) for m, x in enumerate(tables)]
+    joint = min(max(lattice.rank(whole), 1), *own)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AJIVE(
             init_signal_ranks=own, joint_rank=joint, individual_ranks=[r - joint for r in own], random_state=0
         ).fit(tables)
     n, ends = len(tables[0]), np.cumsum([0, *[x.shape[1] for x in tables]])
-    ranks: dict[tuple[int, ...], int] = {(m,): r - joint for m, r in enumerate(own) if r > joint}
+    ranks = {(m,): one.shape[1] for m, one in enumerate(model.individual_scores_) if one.shape[1]}
     if joint:
         ranks[whole] = joint
     out = Lattice.of(lattice.modalities, ranks)
@@ -161,6 +158,13 @@ def slide(tables: list[np.ndarray], lattice: Lattice, *, shrunk: bool) -> Found:
             left, lengths, right = np.linalg.svd(w[rows, columns], full_matrices=False)
             w[rows, columns] = left * np.sqrt(np.maximum(lengths**2 - noise, 0)) @ right
     return Found(w, lattice)
+
+
+def scores(w: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Expected factors of centred rows, with the noise that these loadings leave in them."""
+    rest = x - x @ np.linalg.pinv(w).T @ w.T
+    noise = max(float(np.square(rest).sum()) / (len(x) * max(len(w) - w.shape[1], 1)), 1e-9)
+    return x @ np.linalg.solve(w @ w.T + noise * np.eye(len(w)), w)
 
 
 def _of_activity(loadings: list[np.ndarray], active: np.ndarray) -> Found:

