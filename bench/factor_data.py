@@ -90,17 +90,25 @@ def report(title: str, cohort: Cohort, repeats: int) -> None:
     print(", ".join(f"{name} ({rank})" for name, rank in zip(named, whole.lattice.ranks, strict=True)))
     print("\n| method | rows | factors | right | right, one hidden | filled | CPU s |\n|" + "---|" * 7)
     every: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
+    said: dict[str, str] = {}
     for repeat in range(repeats):
         for train, test in StratifiedKFold(5, shuffle=True, random_state=repeat).split(cohort.y, cohort.y):
             trained, tested = scaled(cohort.tables, train, test)
             lattice = HierarchicalFactorModel(ranks="auto").fit(trained).lattice
             for name, method in METHODS.items():
                 start = time.process_time()
-                model = method(trained, lattice)
+                try:
+                    model = method(trained, lattice)
+                except ValueError as error:  # too few rows that have everything
+                    said.setdefault(name, str(error).partition("\n")[0])
+                    continue
                 seconds = time.process_time() - start
                 judged = measured(model, trained, tested, cohort.y[train], cohort.y[test])
                 every[name].append({"seconds": seconds, "rows": model.rows, "width": model.width, **judged})
     for name, found in every.items():
+        if name in said:
+            print(f"| {name} | cannot: {said[name]} |")
+            continue
         cells = [f"{statistics.mean(one[key] for one in found):.0f}" for key in ("rows", "width")]
         for key in ("right", "hidden", "filled"):
             values = [one[key] for one in found]
@@ -160,7 +168,7 @@ def gap(trained: list[np.ndarray], seen: list[np.ndarray | None], m: int) -> np.
     there = ~np.isnan(trained[m]).any(axis=1)
     x = np.concatenate([np.nan_to_num(trained[k]) for k in others], axis=1)
     new = np.concatenate([np.nan_to_num(seen[k]) for k in others], axis=1)
-    return RidgeCV(np.logspace(1, 6, 11)).fit(x[there], trained[m][there]).predict(new)
+    return RidgeCV(np.logspace(1, 6, 6), cv=5).fit(x[there], trained[m][there]).predict(new)
 
 
 # --- methods ---------------------------------------------------------------------------------------------------------
@@ -199,14 +207,21 @@ def features(tables: list[np.ndarray], _: Lattice) -> Model:
 
 
 def linear(
-    tables: list[np.ndarray], lattice: Lattice, method: Callable[[list[np.ndarray], Lattice], peers.Found]
+    tables: list[np.ndarray],
+    lattice: Lattice,
+    method: Callable[[list[np.ndarray], Lattice], peers.Found],
+    missing: str = "dropped",
 ) -> Model:
-    """A peer, fitted to rows that have everything, given the lattice that `auto` finds."""
+    """A peer, given the lattice that `auto` finds. missing: what it does with rows that lack a modality."""
     there = ~np.any([np.isnan(x).any(axis=1) for x in tables], axis=0)
-    complete = [x[there] for x in tables]
-    w = method(complete, lattice).weights
+    given = {
+        "dropped": [x[there] for x in tables],
+        "at the mean": [np.nan_to_num(x) for x in tables],
+        "as they are": tables,
+    }[missing]
+    w = method(given, lattice).weights
     ends = np.cumsum([0, *[x.shape[1] for x in tables]])
-    centre = np.concatenate([x.mean(axis=0) for x in complete])
+    centre = np.concatenate([np.nanmean(x, axis=0) for x in given])
 
     def read(some: list[np.ndarray | None]) -> np.ndarray:
         n = len(_first(some))
@@ -219,15 +234,15 @@ def linear(
                 out[rows] = peers.scores(w[~pattern], x[rows][:, ~pattern])
         return out
 
-    return Model(read, [w[a:b] for a, b in itertools.pairwise(ends)], w.shape[1], int(there.sum()))
+    return Model(read, [w[a:b] for a, b in itertools.pairwise(ends)], w.shape[1], len(given[0]))
 
 
 METHODS: dict[str, Callable[[list[np.ndarray], Lattice], Model]] = {
     "all features, ridge": features,
-    "PCA": partial(linear, method=peers.principal),
+    "PCA, blanks at the mean": partial(linear, method=peers.principal, missing="at the mean"),
     "MCCA": partial(linear, method=lambda tables, lattice: peers.mcca(tables, lattice.width)),
     "AJIVE": partial(linear, method=peers.ajive),
-    "MOFA2": partial(linear, method=peers.mofa),
+    "MOFA2": partial(linear, method=peers.mofa, missing="as they are"),
     "SLIDE, shrunk": partial(linear, method=partial(peers.slide, shrunk=True)),
     "kladi, auto": ours,
     "kladi, 1 a set": equal,

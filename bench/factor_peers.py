@@ -63,9 +63,10 @@ def ajive(tables: list[np.ndarray], lattice: Lattice) -> Found:
             init_signal_ranks=own, joint_rank=joint, individual_ranks=[r - joint for r in own], random_state=0
         ).fit(tables)
     n, ends = len(tables[0]), np.cumsum([0, *[x.shape[1] for x in tables]])
-    ranks = {(m,): one.shape[1] for m, one in enumerate(model.individual_scores_) if one.shape[1]}
-    if joint:
-        ranks[whole] = joint
+    own = [0 if one is None else one.shape[1] for one in model.individual_scores_]  # it may find fewer
+    ranks: dict[tuple[int, ...], int] = {(m,): r for m, r in enumerate(own) if r}
+    if model.joint_scores_.shape[1]:
+        ranks[whole] = model.joint_scores_.shape[1]
     out = Lattice.of(lattice.modalities, ranks)
     weights = np.zeros((ends[-1], out.width))
     for structure, columns in out.columns():
@@ -77,7 +78,8 @@ def ajive(tables: list[np.ndarray], lattice: Lattice) -> Found:
 
 
 def mofa(tables: list[np.ndarray], lattice: Lattice) -> Found:
-    """Factors with a relevance for each modality, without sparsity inside a modality, of which these data have none."""
+    """Factors with a relevance for each modality, without sparsity inside a modality, of which these data have none. A
+    row of NaN is a missing modality."""
     from mofapy2.run.entry_point import entry_point
 
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
@@ -85,7 +87,9 @@ def mofa(tables: list[np.ndarray], lattice: Lattice) -> Found:
         entry = entry_point()
         entry.set_data_options(scale_views=False)
         entry.set_data_matrix([[x] for x in tables])
-        entry.set_model_options(factors=lattice.width, spikeslab_weights=False, ard_weights=True)
+        entry.set_model_options(
+            factors=min(lattice.width, len(tables[0]) - 1), spikeslab_weights=False, ard_weights=True
+        )
         entry.set_train_options(iter=3_000, convergence_mode="fast", seed=1, verbose=False, quiet=True)
         entry.build()
         entry.run()
@@ -93,7 +97,9 @@ def mofa(tables: list[np.ndarray], lattice: Lattice) -> Found:
     scores = nodes["Z"].getExpectation()
     loadings = [w["E"] if isinstance(w, dict) else w for w in nodes["W"].getExpectations()]
     loadings = [w * scores.std(axis=0) for w in loadings]
-    share = np.stack([np.square(w).sum(axis=0) / x.var(axis=0).sum() for w, x in zip(loadings, tables, strict=True)])
+    share = np.stack(
+        [np.square(w).sum(axis=0) / np.nanvar(x, axis=0).sum() for w, x in zip(loadings, tables, strict=True)]
+    )
     return _of_activity(loadings, share > ACTIVE)
 
 

@@ -5,7 +5,7 @@
 STUDY is one of bench/studies; the weights are for those that say WEIGHTS, `--objective` for those that say OBJECTIVE.
 Writes OUT/study.toml and runs `kladi compare` on it: pretraining reads the manifest's training patients, all folds lie
 among the others. A study that was killed goes on with the same command. A study with a line `# HELD a b` pretrains on
-no image of the sources a and b: OUT/manifest.csv calls them test.
+no image of the sources a and b: OUT/manifest.csv calls them test. One that says CELLS reads what bench/cells.py makes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import polars as pl
 
+import cells
 from kladi.evaluate.record import results
 from kladi.report import page
 from kladi.study.compare import compare
@@ -43,6 +44,8 @@ def main() -> int:
     held = re.search(r"^# HELD (.+)$", text, re.MULTILINE)
     if held:
         options.manifest = held_out(options.manifest, held[1].split(), options.out)
+    if "CELLS" in text:
+        text = text.replace("CELLS", str(cells.write(options.manifest, options.out / "cells").absolute().parent))
     text = text.replace("OBJECTIVE", options.objective)
     for name in ("manifest", "taxonomy", "weights"):
         text = text.replace(f'"{name.upper()}"', f'"{getattr(options, name).absolute()}"')

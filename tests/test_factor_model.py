@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from scipy.sparse import issparse
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
+from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import kladi
 from kladi import HierarchicalFactorModel, Lattice
@@ -45,6 +47,39 @@ def test_the_contract(drawn, model):
         assert share + noise == pytest.approx(1, abs=0.02)
     assert list(model.get_feature_names_out()[:3]) == ["0+1+2 factor 0", "0+1+2 factor 1", "0+1 factor 0"]
     assert kladi.HierarchicalFactorModel is HierarchicalFactorModel
+
+
+class OfOneTable(HierarchicalFactorModel):
+    """Two modalities made of one table, since scikit-learn's own checks know no lists of tables."""
+
+    def fit(self, X, y=None):
+        super().fit(halves(X), y)
+        self.n_features_in_ = np.asarray(X).shape[1]
+        return self
+
+    def transform(self, X, method="posterior"):
+        return super().transform(halves(X), method)
+
+
+def halves(X):
+    if issparse(X):
+        return [X, X]
+    X = np.asarray(X)
+    if X.ndim != 2 or X.dtype.kind in "cO" or not X.shape[1]:
+        return [X, X]
+    mixed = np.cos(np.arange(X.shape[1] * (X.shape[1] + 4))).reshape(X.shape[1], -1)
+    return [X @ mixed, X @ mixed[:, ::-1] + 1]
+
+
+NOT_HERE = {
+    "check_do_not_raise_errors_in_init_or_set_params": "types are checked at run time in these tests",
+    "check_n_features_in_after_fitting": "the message is of a modality, not of X",
+}
+
+
+@parametrize_with_checks([OfOneTable(ranks=1)], expected_failed_checks=lambda _: NOT_HERE)
+def test_scikit_learns_own_checks(estimator, check):
+    check(estimator)
 
 
 def test_what_scikit_learn_asks(drawn, model):
@@ -265,7 +300,7 @@ def test_mistakes_after_the_fit_are_named(drawn, model):
         (lambda: model.gram("0+5", 0, 0), "no structure"),
         (lambda: model.gram("0+1", 0, 2), "modality 2 takes no part in structure 0[+]1"),
         (lambda: model.transform(tables[:2]), "2 modalities; the model knows 3"),
-        (lambda: model.transform([tables[0][:, :3], *tables[1:]]), "with 14 columns"),
+        (lambda: model.transform([tables[0][:, :3], *tables[1:]]), "modality 0 has 3 columns; the model is one of 14"),
         (lambda: model.transform(tables, method="mean"), 'method = "mean"'),
         (lambda: HierarchicalFactorModel().fit_covariance(np.eye(6), (3, 3)), "numbers are needed for a covariance"),
     ):

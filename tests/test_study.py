@@ -18,6 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import ranks_worker
 from kladi import config as settings
 from kladi import toy
 from kladi.data.load import load
@@ -436,6 +437,23 @@ def test_metadata_is_dealt_over_patients_with_equal_counts():
     assert (before[rows] != after[rows]).mean() > 0.3
     assert (arms.shuffled(arm, 0, data).label_sets.class_id == after).all()
     assert (arms.shuffled(arm, 1, data).label_sets.class_id != after).any()
+
+
+def test_tables_are_dealt_among_training_rows_and_a_row_stays_whole():
+    data = ranks_worker.with_tables(toy.dataset(n=90, size=16))
+    config = design.from_tables({"data": "x", "methods": {"m": {"objective": {"name": "multimodal"}}}}, Path()).config
+    arm = arms.Arm("multimodal, shuffled", config, "pretrained", shuffled="tables")
+    dealt = arms.shuffled(arm, 0, data)
+    rows = data.split == TRAIN
+
+    def whole(dataset):
+        return np.concatenate([np.column_stack([m.values, m.present]) for m in dataset.modalities], axis=1)
+
+    before, after = whole(data), whole(dealt)
+    assert np.array_equal(before[~rows], after[~rows])
+    assert not np.array_equal(before[rows], after[rows])
+    assert sorted(map(tuple, before[rows])) == sorted(map(tuple, after[rows]))
+    assert not np.array_equal(whole(arms.shuffled(arm, 1, data)), after)
 
 
 def test_one_image_a_patient_is_a_plain_permutation_and_counts_are_kept():

@@ -54,7 +54,7 @@ class Arm:
     config: of its pretraining, the seed apart.
     kind: "pretrained", "given" (weights from a file), "random" (none), "embedded" (embeddings from a file),
         "histogram", or "shuffled_labels" (the reference's embeddings, with training labels that mean nothing).
-    shuffled: what pretraining sees dealt out anew: "metadata", "tree" or nothing.
+    shuffled: what pretraining sees dealt out anew: "metadata", "tables", "tree" or nothing.
     control_of: the method whose control it is, "" for none.
     classify: by what loss its classifiers are trained.
     embeddings: the file of an embedded arm.
@@ -252,7 +252,7 @@ def _fresh(config: settings.Config, seed: int) -> backbones.Encoder:
 
 
 def shuffled(arm: Arm, seed: int, dataset: Dataset) -> Dataset:
-    """What pretraining sees: the data, or with metadata or leaves dealt out anew among the training rows."""
+    """What pretraining sees: the data, or with metadata, tables or leaves dealt out anew among the training rows."""
     rows = np.flatnonzero(dataset.split == TRAIN)
     if not len(rows) and arm.kind == "pretrained":
         raise UserError("no rows to train on: the split calls none of them train")
@@ -262,6 +262,11 @@ def shuffled(arm: Arm, seed: int, dataset: Dataset) -> Dataset:
         return dataclasses.replace(
             dataset, target=np.where(dataset.target >= 0, place[np.maximum(dataset.target, 0)], -1)
         )
+    if arm.shuffled == "tables":
+        dealt = np.arange(len(dataset))
+        dealt[rows] = over_patients(rows, dataset.group[rows], generator)
+        every = [dataclasses.replace(m, values=m.values[dealt], present=m.present[dealt]) for m in dataset.modalities]
+        return dataclasses.replace(dataset, modalities=tuple(every))
     if arm.shuffled.startswith("metadata"):
         sets = dataset.label_sets
         if sets is None:
@@ -323,6 +328,8 @@ def _under(arm: Arm, control: str, study: Study) -> list[Arm]:
     if chosen and control in {"shuffled_metadata", "shuffled_metadata_within_site"} and objective == "metadata":
         dealt_out = control.removeprefix("shuffled_")
         return [dataclasses.replace(arm, name=f"{arm.name}, {control}", shuffled=dealt_out, control_of=arm.name)]
+    if chosen and control == "shuffled_tables" and objective == "multimodal":
+        return [dataclasses.replace(arm, name=f"{arm.name}, {control}", shuffled="tables", control_of=arm.name)]
     if chosen and control == "shuffled_tree" and (arm.classify.reads_tree or objective in TREES):
         dealt = dataclasses.replace(arm.classify, shuffled=arm.classify.reads_tree)
         pretraining = "tree" if objective in TREES else ""

@@ -66,6 +66,7 @@ Primary = Literal["balanced_accuracy", "auc", "accuracy", "macro_f1"]
 Control = Literal[
     "shuffled_metadata",
     "shuffled_metadata_within_site",
+    "shuffled_tables",
     "shuffled_tree",
     "shuffled_labels",
     "matched_temperature",

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Float64
 from sklearn.base import BaseEstimator, TransformerMixin
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.validation import check_array, check_is_fitted
 
 from kladi.models.factors import ranks as rank_rule
 from kladi.models.factors.covariance import DENSE, Covariance, Dense, Rows, mean, nearest_semidefinite, places, squares
@@ -18,6 +18,7 @@ from kladi.structure.lattice import Lattice, Structure
 
 Tables = Any
 """A list with one table a modality, [n, d_m] each, or None; `_checked` says what is wrong with anything else."""
+FLOATS = (np.float64, np.float32)
 Ranks = int | Mapping[str, int] | Mapping[Structure, int] | str
 
 
@@ -62,6 +63,11 @@ class HierarchicalFactorModel(TransformerMixin, BaseEstimator):
         self.noise = noise
         self.scale = scale
         self.seed = seed
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()  # pyrefly: ignore[missing-attribute]
+        tags.input_tags.allow_nan = True  # a row of them is a missing modality
+        return tags
 
     def fit(self, X: Tables, y: Any = None) -> HierarchicalFactorModel:  # noqa: ARG002
         """Learn from one table a modality, a row a patient, the same in all of them.
@@ -215,7 +221,14 @@ def _checked(
     """Tables of floats of one length, and who is there; `sizes` of the fit, where there was one."""
     if isinstance(X, np.ndarray) or not isinstance(X, Sequence):
         raise ValueError("the modalities come as a list of tables, one a modality: fit([X0, X1, X2])")  # noqa: TRY004
-    rows = {len(x) for x in X if x is not None}
+    for m, x in enumerate(X):
+        shape = getattr(x, "shape", None) or np.asarray(x).shape
+        if x is not None and len(shape) != 2:  # scikit-learn's own message would repeat the values
+            raise ValueError(f"modality {m} has shape {shape}; a table of patients is needed. Reshape your data")
+    # In its words where nothing has to be said about modalities: sparse, complex, empty.
+    asked: dict[str, Any] = {"ensure_all_finite": False, "ensure_min_samples": 2 if sizes is None else 1}
+    given = [None if x is None else check_array(x, dtype=FLOATS, **asked) for x in X]
+    rows = {len(x) for x in given if x is not None}
     if len(rows) != 1:
         raise ValueError(f"the tables have {sorted(rows)} rows; each needs a row a patient, the same in all of them")
     if sizes is not None and len(X) != len(sizes):
@@ -223,19 +236,15 @@ def _checked(
     (n,) = rows
     tables: list[np.ndarray] = []
     present = np.ones((n, len(X)), dtype=bool)
-    for m, x in enumerate(X):
-        if x is None:
+    for m, table in enumerate(given):
+        if table is None:
             if sizes is None:
                 raise ValueError(f"modality {m} is None; to learn, somebody must have it")
-            x = np.full((n, sizes[m]), np.nan)
-        table = np.asarray(x)
-        if table.dtype not in (np.float32, np.float64):
-            table = table.astype(np.float64)
-        if table.ndim != 2 or (sizes is not None and table.shape[1] != sizes[m]):
-            wanted = "" if sizes is None else f" with {sizes[m]} columns"
-            raise ValueError(f"modality {m} has shape {table.shape}; a table of patients{wanted} is needed")
+            table = np.full((n, sizes[m]), np.nan)
+        if sizes is not None and table.shape[1] != sizes[m]:
+            raise ValueError(f"modality {m} has {table.shape[1]} columns; the model is one of {sizes[m]}")
         missing = np.isnan(table)
-        present[:, m] = ~missing.all(axis=1) if table.shape[1] else False
+        present[:, m] = ~missing.all(axis=1)
         for bad, what in ((missing.any(axis=1) & present[:, m], "missing"), (np.isinf(table).any(axis=1), "infinite")):
             if bad.any():
                 row = int(np.flatnonzero(bad)[0])

@@ -51,8 +51,8 @@ class Outcome:
 def fit(
     scores: Float64[np.ndarray, "n R"], y: Float64[np.ndarray, " n"], lattice: Lattice, *, folds: int = 5, seed: int = 0
 ) -> Outcome:
-    """Groups are chosen by the lasso, their beta by least squares without it; the penalty by cross-validation among these
-    rows alone: the largest that does no worse than the best, by one standard error of the folds' difference.
+    """Groups are chosen by the lasso, their beta by least squares without it; the penalty by cross-validation among
+    these rows alone: the largest that does no worse than the best, by one standard error of the folds' difference.
 
     Raises:
         ValueError: fewer rows than folds.
