@@ -1,4 +1,4 @@
-"""Ten thousand float32 steps in a ball whose curvature is learned; a process of its own, without checks of types.
+"""Thousands of float32 steps in a ball whose curvature is learned; a process of its own, without checks of types.
 
 Prints the first loss, the last, and the curvature at the end; fails where a number is not finite.
 """
@@ -9,7 +9,7 @@ from kladi.losses.contrast_ball import contrast_in_ball
 from kladi.losses.geometry import LearnedCurvature
 from kladi.losses.label_tree import pair_tables
 
-STEPS = 10_000
+STEPS = 4_000
 
 
 def main() -> None:

@@ -107,7 +107,15 @@ def test_check_names_the_columns_that_nothing_uses(capsys, tmp_path):
     Image.new("L", (16, 16), 9).save(tmp_path / "a.png")
     (tmp_path / "m.csv").write_text("path,scanner,site\na.png,x,y\n")
     _, out, _ = said(capsys, "check", tmp_path / "m.csv", "--data.metadata", "site")
-    assert "unused     scanner (--data.metadata takes columns)" in out
+    assert "unused     scanner (--data.metadata and --data.covariates take columns)" in out
+
+
+def test_check_says_what_tables_know(capsys, ward):
+    rows = "".join(f"p{k:04d},{k}\n" for k in range(15))
+    (ward / "labs.csv").write_text(f"patient_id,crp\n{rows}")
+    _, out, _ = said(capsys, "check", ward / "manifest.csv", "--data.tables", ward / "labs.csv")
+    assert "table      labs: 1 columns, 45 of 60 images" in out
+    assert "table labs: 45 rows of 60 are in it" in out
 
 
 def test_dry_run_writes_nothing(capsys, ward, tmp_path):

@@ -82,6 +82,9 @@ def test_ready_embeddings_are_joined_by_content(ward, tmp_path):
     made = Embeddings(features[order], None, pixel_digest=dataset.store.pixel_digest[order], **fields)
     made.write(tmp_path / "other.npz")
     (found,) = read(ward, tables=[str(tmp_path / "other.npz")])[0].modalities
+    dataclasses.replace(made, features=np.full((N, 6), np.nan, np.float32)).write(tmp_path / "nan.npz")
+    with pytest.raises(UserError, match="40 rows with NaN or infinity"):
+        read(ward, tables=[str(tmp_path / "nan.npz")])
     train = dataset.split == TRAIN
     want = (features - features[train].mean(axis=0)) / features[train].std(axis=0)
     np.testing.assert_allclose(found.values, want, atol=1e-5)
@@ -153,7 +156,10 @@ def test_a_name_is_used_once(ward):
         read(ward, tables=[path], covariates=["age"])
 
 
-def test_an_unknown_column_of_the_only_table_is_named(ward):
-    path = table(ward, "labs.csv", "patient_id,crp\n" + "".join(f"P{k},{k}\n" for k in range(20)))
+def test_a_column_that_no_table_has_is_named(ward):
+    rows = "".join(f"P{k},{k},{'xy'[k % 2]}\n" for k in range(20))
+    paths = [table(ward, f"{name}.csv", f"patient_id,{name},ward\n{rows}") for name in ("crp", "hb")]
     with pytest.raises(UserError, match=r'--data.leave_out cpr is no column .*; closest: "crp"'):
-        read(ward, tables=[path], leave_out=["cpr"])
+        read(ward, tables=paths, leave_out=["cpr", "ward"])
+    crp, hb = read(ward, tables=paths, levels=["ward"])[0].modalities
+    assert (crp.features, hb.features) == (("crp", "ward=y"), ("hb", "ward=y"))

@@ -326,7 +326,7 @@ def test_two_equal_feature_sets_fool_the_plain_t_but_not_the_corrected_one():
     The patient bootstrap is liberal, the more so the weaker the signal: it does not see that training would differ.
     """
     rng = np.random.default_rng(3)
-    n, K, R, width, sims = 200, 5, 10, 20, 150
+    n, K, R, width, sims = 200, 5, 10, 20, 100
     declared = {"plain": 0, "corrected": 0, "bootstrap": 0}
     for s in range(sims):
         y = rng.integers(0, 2, n)

@@ -346,7 +346,7 @@ def test_limits_of_the_peers():
 def _minimiser(tax: Taxonomy, p: dict[str, float], **arguments) -> dict[str, float]:
     """P of the leaves at the minimum of the expected loss."""
     loss, target = HierarchyAwareCrossEntropy(tax, **arguments), torch.from_numpy(tax.index(list(p)))
-    weight = double(list(p.values()))
+    weight = torch.tensor(list(p.values()), dtype=torch.float64)
     z = torch.zeros(len(tax), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [z], max_iter=3000, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
@@ -354,7 +354,7 @@ def _minimiser(tax: Taxonomy, p: dict[str, float], **arguments) -> dict[str, flo
 
     def closure():
         optimizer.zero_grad()
-        value = sum(w * loss(z[None], y[None]) for w, y in zip(weight, target, strict=True))
+        value = weight @ loss.rows(z.expand(len(p), -1), target)
         value.backward()
         return value
 

@@ -10,7 +10,7 @@ from kladi.evaluate.embed import describe
 from kladi.evaluate.readouts.neighbours import purity
 from kladi.evaluate.record import atlas
 
-ROWS = 60
+ROWS = 45
 
 
 def main() -> None:

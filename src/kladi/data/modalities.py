@@ -70,14 +70,20 @@ def read(
     """
     every = [_covariates(table, data)] if data.covariates else []
     findings: list[Finding] = []
+    columns: set[str] = set()
     for text in data.tables:
         path = Path(text)
-        found = _embedded(path, row_id) if path.suffix.lower() == ".npz" else _joined(path, table, data)
+        found = _embedded(path, row_id) if path.suffix.lower() == ".npz" else _joined(path, table, data, columns)
         known = int(found.present.sum())
         if known < len(table):
             what = f"table {found.name}: {counted(known, 'row')} of {len(table):,} are in it"
             findings.append(Finding("F1", "warning", what))
         every.append(found)
+    for option, asked in (("levels", data.levels), ("leave_out", data.leave_out)):
+        unknown = [name for name in asked if name not in columns]
+        if unknown:
+            what = f"--data.{option} {unknown[0]} is no column of the files that --data.tables names"
+            raise UserError(f"{what}{suggestion(unknown[0], sorted(columns))}")
     names = [one.name for one in every]
     twice = next((name for i, name in enumerate(names) if name in ("image", *names[:i])), None)
     if twice is not None:
@@ -133,15 +139,11 @@ def _covariates(table: pl.DataFrame, data: settings.Data) -> Beside:
     return Beside(COVARIATES, found.features, found.values)
 
 
-def _joined(path: Path, table: pl.DataFrame, data: settings.Data) -> Beside:
-    """A file of patients or of images."""
+def _joined(path: Path, table: pl.DataFrame, data: settings.Data, columns: set[str]) -> Beside:
+    """A file of patients or of images; its columns are added to `columns`."""
     cells, column, ids = identified(path, by_path=True, prefix="--data.")
-    known = cells.columns
-    for option, asked in (("levels", data.levels), ("leave_out", data.leave_out)):
-        unknown = [name for name in asked if name not in known]
-        if unknown and len(data.tables) == 1:
-            raise UserError(f"--data.{option} {unknown[0]} is no column of {path}{suggestion(unknown[0], list(known))}")
-    used = {name: raw for name, raw in known.items() if name not in {column, *data.leave_out}}
+    columns |= set(cells.columns)
+    used = {name: raw for name, raw in cells.columns.items() if name not in {column, *data.leave_out}}
     levels = [name for name in data.levels if name in used]
     found = columns_of(used, cells.row, str(path), levels=levels, prefix="--data.")
     whose = table["path"] if means(column, "path") else table["patient"]
@@ -154,6 +156,9 @@ def _joined(path: Path, table: pl.DataFrame, data: settings.Data) -> Beside:
 def _embedded(path: Path, row_id: UInt64[np.ndarray, " n"]) -> Beside:
     """What `kladi embed` has written of the same images, e.g. by another encoder."""
     found = Embeddings.read(path)
+    bad = int((~np.isfinite(found.features).all(axis=1)).sum())
+    if bad:
+        raise UserError(f"{path}: {counted(bad, 'row')} with NaN or infinity")
     values = _placed(found.features.astype(np.float64), found.row_id.tolist(), row_id.tolist())
     _require_met(values, path, "image of DATA is among its rows")
     return Beside(path.stem, tuple(f"feature {i}" for i in range(values.shape[1])), values)

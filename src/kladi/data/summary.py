@@ -41,9 +41,11 @@ def lines(inspection: Inspection, config: settings.Config, seconds: float, **rul
     metadata = [f"metadata <- {', '.join(manifest.metadata)}"] if manifest.metadata else []
     if named or metadata:
         yield "columns", "   ".join([*named, *metadata])
-    unused = [name for name in manifest.table.columns if name not in {*ROLES, *manifest.metadata, *ATTRIBUTES}]
+    used = {*ROLES, *manifest.metadata, *ATTRIBUTES, *config.data.covariates, *config.data.keep}
+    unused = [name for name in manifest.table.columns if name not in used]
     if unused:
-        yield "unused", f"{listed([visible(name) for name in unused], 8)} (--data.metadata takes columns)"
+        takes = "--data.metadata and --data.covariates take columns"
+        yield "unused", f"{listed([visible(name) for name in unused], 8)} ({takes})"
     if store is None or len(store) == 0:
         yield "images", "none readable"
         return
@@ -56,6 +58,9 @@ def lines(inspection: Inspection, config: settings.Config, seconds: float, **rul
     if not inspection.errors():
         dataset = join(inspection, config)
         yield from _joined(dataset)
+        for one in dataset.modalities:
+            known = f"{int(one.present.sum()):,} of {len(dataset):,} images"
+            yield "table", f"{one.name}: {len(one.features):,} columns, {known}"
         yield from metadata_lines(dataset, config.train.batch, **rules)
 
 
