@@ -89,7 +89,7 @@ METHODS: dict[str, Method] = {
     "solrCMF": lambda x, s: peers.solrcmf(x, s.lattice),
     "kladi, peeling alone": lambda x, s: ours(x, s, refine=False),
     "kladi": lambda x, s: ours(x, s),
-    "kladi, noise a modality": lambda x, s: ours(x, s, noise="per_modality"),
+    "kladi, noise a feature": lambda x, s: ours(x, s, noise="per_feature"),
     "kladi, auto": lambda x, _: automatic(x),
 }
 COLUMNS = ("f1", "exact", "ranks", "block", "angle", "gram", "excess", "selected")
@@ -98,8 +98,8 @@ COLUMNS = ("f1", "exact", "ranks", "block", "angle", "gram", "excess", "selected
 def measured(setting: Setting, replication: int, without: Sequence[str]) -> dict[str, dict[str, float]]:
     """Errors of every method on one draw."""
     rng = np.random.default_rng(20 + replication)
-    tables, weights = drawn(setting, rng)
-    question = asked(setting, weights, rng)
+    tables, weights, level = drawn(setting, rng)
+    question = asked(setting, weights, level, rng)
     out: dict[str, dict[str, float]] = {}
     for name, method in METHODS.items():
         if name in without or (setting.missing and not name.startswith("kladi")):
@@ -137,8 +137,8 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) if len(values) > 1 else 0:.3f}"
 
 
-def drawn(setting: Setting, rng: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray]:
-    """Tables of patients, and W."""
+def drawn(setting: Setting, rng: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """Tables of patients, W, and the standard deviation of each feature's noise."""
     sizes, lattice = setting.sizes, setting.lattice
     ends = np.cumsum((0, *sizes))
     w = np.zeros((ends[-1], lattice.width))
@@ -154,7 +154,7 @@ def drawn(setting: Setting, rng: np.random.Generator) -> tuple[list[np.ndarray],
     tables = np.split(x, ends[1:-1], axis=1)
     for one in tables:
         one[rng.random(len(one)) < setting.missing] = np.nan
-    return tables, w
+    return tables, w, level
 
 
 def factors(setting: Setting, n: int, rng: np.random.Generator) -> np.ndarray:
@@ -211,7 +211,7 @@ class Question:
     active: frozenset[tuple[int, ...]]
 
 
-def asked(setting: Setting, w: np.ndarray, rng: np.random.Generator) -> Question:
+def asked(setting: Setting, w: np.ndarray, level: np.ndarray, rng: np.random.Generator) -> Question:
     """y = sum_S beta_S z_S + noise, beta from U(0, 1), zero in every second structure, of length one."""
     beta, active = np.zeros(w.shape[1]), []
     for number, (structure, columns) in enumerate(setting.lattice.columns()):
@@ -221,9 +221,11 @@ def asked(setting: Setting, w: np.ndarray, rng: np.random.Generator) -> Question
     beta /= np.linalg.norm(beta)
     n = LABELLED + NEW
     z = factors(setting, n, rng)
-    x = z @ w.T + np.sqrt(setting.noise) * rng.normal(size=(n, len(w)))
+    x = z @ w.T + level * rng.normal(size=(n, len(w)))
     y = z @ beta + np.sqrt(OUTCOME_NOISE) * rng.normal(size=n)
-    reader = np.linalg.solve(w @ w.T + setting.noise * np.eye(len(w)), w @ beta)
+    rho = setting.correlation
+    spread = (1 - rho) * np.eye(len(beta)) + rho
+    reader = np.linalg.solve(w @ spread @ w.T + np.diag(level**2), w @ spread @ beta)
     rest = y[LABELLED:] - x[LABELLED:] @ reader
     return Question(
         x[:LABELLED], y[:LABELLED], x[LABELLED:], y[LABELLED:], float(np.square(rest).mean()), frozenset(active)

@@ -174,6 +174,10 @@ def test_scale_and_noise_of_each_modality(drawn):
     np.testing.assert_allclose(scaled.transform(tables), same.transform(drawn[0]), atol=1e-6)
     apart = HierarchicalFactorModel(ranks=2, noise="per_modality").fit(tables)
     np.testing.assert_allclose(apart.noise_variance_, [0.1, 10, 0.001], rtol=0.1)
+    each = HierarchicalFactorModel(ranks=2, noise="per_feature").fit(tables)
+    np.testing.assert_allclose(each.noise_variance_, [0.1, 10, 0.001], rtol=0.1)
+    assert [part.shape for part in each.noise_] == [(14,), (16,), (18,)]
+    np.testing.assert_allclose(each.noise_[1], 10, rtol=0.3)
 
 
 @pytest.mark.slow

@@ -52,13 +52,14 @@ def test_one_modality_is_whitened():
 
 
 def test_linear_encoders_at_the_factor_models_weights_have_no_slope():
-    """With the penalty on weights in its place, the contrast is the factor model's objective."""
+    """With the penalty on weights in its place, the contrast is at rest in the factor model of these patients."""
     rng = np.random.default_rng(0)
-    lattice, sizes = Lattice.of(2, 1), (4, 5)
-    x = rng.normal(size=(300, 9)) @ rng.normal(size=(9, 9))
-    s = np.cov(x.T)
-    w = torch.tensor(fitting.fit(Dense(s, sizes), lattice).weights).requires_grad_()
-    noise = fitting.fit(Dense(s, sizes), lattice).noise[0]
+    lattice, sizes, noise = Lattice.of(2, 1), (4, 5), 0.3
+    true = rng.normal(size=(9, 3)) * fitting.mask(sizes, lattice)
+    raw = rng.normal(size=(300, 9))
+    raw = (raw - raw.mean(axis=0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(raw.T)).T)
+    x = raw @ np.linalg.cholesky(true @ true.T + noise * np.eye(9)).T  # whose covariance is exactly that
+    w = torch.tensor(fitting.fit(Dense(np.cov(x.T), sizes), lattice).weights).requires_grad_()
     free = torch.tensor(fitting.mask(sizes, lattice))
     parts = [torch.tensor(x[:, :4]) @ w[:4], torch.tensor(x[:, 4:]) @ w[4:]]
     h = [part[:, torch.tensor(lattice.of_modality(m))] for m, part in enumerate(parts)]

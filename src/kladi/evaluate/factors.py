@@ -43,13 +43,13 @@ def analyse(
 ) -> Path:
     """Fit, look at halves of the patients, and write both files; the path of factors.json.
 
-    Features are put on one scale, and each modality has its own noise.
+    Features are put on one scale, and each has its own noise.
 
     Raises:
         UserError: ranks that these tables cannot have.
     """
     say = say or _silent
-    model = HierarchicalFactorModel(ranks=ranks, noise="per_modality", scale=True, seed=seed)
+    model = HierarchicalFactorModel(ranks=ranks, noise="per_feature", scale=True, seed=seed)
     say(f"fit        {len(tables.rows):,} patients, {sum(map(len, tables.features)):,} features")
     try:
         model.fit(list(tables.values))
@@ -69,7 +69,7 @@ def analyse(
                 "noise": _rounded(noise),
             }
             for name, features, there, noise in zip(
-                tables.names, tables.features, tables.present.T, model.noise_by_modality_, strict=True
+                tables.names, tables.features, tables.present.T, [part.mean() for part in model.noise_], strict=True
             )
         ],
         "patients": len(tables.rows),
@@ -106,7 +106,7 @@ def stability(model: HierarchicalFactorModel, tables: PatientTables, resamples: 
         values = [x[half] for x in tables.values]
         given = {spelt(s): r for s, r in model.ranks_.items()}
         try:
-            again = HierarchicalFactorModel(ranks=given, noise="per_modality", scale=True).fit(values)
+            again = HierarchicalFactorModel(ranks=given, noise="per_feature", scale=True).fit(values)
             if isinstance(model.ranks, str):
                 found.append(lattice_of([x / s for x, s in zip(values, again.scales_, strict=True)], _there(values)))
         except ValueError:

@@ -42,10 +42,9 @@ class Dense:
         place = places(self.sizes)[modality]
         return self.matrix[place, place] @ w
 
-    def variance(self, modality: int) -> float:
-        """tr S_mm."""
-        place = places(self.sizes)[modality]
-        return float(np.trace(self.matrix[place, place]))
+    def diagonal(self) -> Float64[np.ndarray, " d"]:
+        """Variance of each feature."""
+        return np.diag(self.matrix).copy()
 
     def projected(self, bases: Sequence[Float64[np.ndarray, "_ _"]]) -> Dense:
         """Q^T S Q with the bases as diagonal blocks of Q."""
@@ -107,10 +106,13 @@ class Rows:
         found = self._transposed(modality, score) - np.outer(self.means[modality], score.sum(axis=0))
         return found / (len(score) - 1)
 
-    def variance(self, modality: int) -> float:
-        """tr S_mm."""
-        x, mean = self.tables[modality], self.means[modality]
-        return float((squares(x, mean)).sum() / (len(x) - 1))
+    def diagonal(self) -> Float64[np.ndarray, " d"]:
+        return self._diagonal
+
+    @functools.cached_property
+    def _diagonal(self) -> Float64[np.ndarray, " d"]:
+        every = zip(self.tables, self.means, strict=True)
+        return np.concatenate([squares(x, mean) / (len(x) - 1) for x, mean in every])
 
     def projected(self, bases: Sequence[Float64[np.ndarray, "_ _"]]) -> Dense:
         scores = [self._scores(m, basis) for m, basis in enumerate(bases)]

@@ -25,22 +25,23 @@ Ranks = int | Mapping[str, int] | Mapping[Structure, int] | str
 class HierarchicalFactorModel(TransformerMixin, BaseEstimator):
     """Several modalities of the same patients, explained by factors that all, some or one of them share.
 
-        x^(m) = mean^(m) + sum_{S: m in S} W_S^(m) z_S + e^(m),   Cov(z) = I,   Cov(e^(m)) = noise_m I
+        x^(m) = mean^(m) + sum_{S: m in S} W_S^(m) z_S + e^(m),   Cov(z) = I,   Cov(e) = D, diagonal
 
     Identifiable are the products W_S^(m) W_S^(k)^T (`gram`), not the loadings, which could be turned; they are given in
-    one rotation that is always the same. The model takes factors to be uncorrelated and noise to be the same for every
-    feature of a modality: put features on one scale first (`scale=True`).
+    one rotation that is always the same. The model takes factors to be uncorrelated, and noise to be the same for all
+    features or those of a modality unless it is told otherwise: put features on one scale first (`scale=True`).
 
     Args:
         ranks: factors of every structure; or of each that there is, {"0+1+2": 3, "0+1": 2}; or "auto".
-        refine: run the masked factorisation to its minimum after the first estimate.
-        noise: "global", one variance for all, or "per_modality".
+        refine: climb the likelihood to its top after the first estimate.
+        noise: "global", one variance for all, "per_modality", or "per_feature".
         scale: divide each feature by its standard deviation.
         seed: of "auto".
 
     After `fit`: `lattice`, `ranks_`, `loadings_` ({structure: {modality: [d_m, r]}}), `noise_variance_` (a number, or
-    one a modality), `means_`, `scales_`, `pairs_` (patients that have both of two modalities), `explained_` (share of
-    each modality's variance by structure), `converged_`, `n_iter_`.
+    the mean of each modality), `noise_` (of each feature, an array a modality), `means_`, `scales_`, `pairs_` (patients
+    that have both of two modalities), `explained_` (share of each modality's variance by structure), `converged_`,
+    `n_iter_`.
 
     Patients without a modality have a row of NaN in it. Then a block of the covariance is that of the patients with
     both of its modalities, and the whole is made positive semi-definite; of more than 2,000 features their leading
@@ -110,13 +111,15 @@ class HierarchicalFactorModel(TransformerMixin, BaseEstimator):
     def _learn(self, covariance: Covariance, lattice: Lattice, means: list[np.ndarray]) -> HierarchicalFactorModel:
         found = fit(covariance, lattice, noise=_noise(self.noise), refine=self.refine)
         self.lattice_, self.means_ = lattice, means
-        self.weights_, self.noise_by_modality_ = found.weights, found.noise
-        self.noise_variance_ = float(found.noise[0]) if self.noise == "global" else found.noise
+        self.weights_ = found.weights
+        self.noise_ = [found.noise[place] for place in places(covariance.sizes)]
+        self.noise_variance_ = float(found.noise[0]) if self.noise == "global" else _by_modality(self.noise_)
         self.converged_, self.n_iter_ = found.converged, found.steps
         parts = unstacked(found.weights, covariance.sizes, lattice)
         self.loadings_ = {s: {m: parts[s, m] for m in s} for s in lattice.structures}
         self.ranks_ = dict(zip(lattice.structures, lattice.ranks, strict=True))
-        variance = [covariance.variance(m) for m in range(lattice.modalities)]
+        diagonal = covariance.diagonal()
+        variance = [float(diagonal[place].sum()) for place in places(covariance.sizes)]
         self.explained_ = {
             s: {m: float(np.square(w).sum() / variance[m]) if variance[m] > 0 else 0.0 for m, w in of.items()}
             for s, of in self.loadings_.items()
@@ -154,7 +157,7 @@ class HierarchicalFactorModel(TransformerMixin, BaseEstimator):
             if not len(here):
                 continue
             w = np.concatenate([self.weights_[where[m]] for m in here])
-            noise = np.concatenate([np.full(sizes[m], self.noise_by_modality_[m]) for m in here])
+            noise = np.concatenate([self.noise_[m] for m in here])
             readers = np.split(_reader(w, noise, method), np.cumsum([sizes[m] for m in here])[:-1])
             for m, reader in zip(here, readers, strict=True):
                 x = tables[m] if len(those) == len(present) else tables[m][those]
@@ -194,9 +197,13 @@ def _reader(w: np.ndarray, noise: np.ndarray, method: str) -> Float64[np.ndarray
 
 
 def _noise(word: str) -> Noise:
-    if word == "global" or word == "per_modality":
+    if word == "global" or word == "per_modality" or word == "per_feature":
         return word
-    raise ValueError(f'noise = "{word}"; it takes "global" or "per_modality"')
+    raise ValueError(f'noise = "{word}"; it takes "global", "per_modality" or "per_feature"')
+
+
+def _by_modality(noise: list[np.ndarray]) -> Float64[np.ndarray, " M"]:
+    return np.array([part.mean() for part in noise])
 
 
 def _small(rows: Rows, *, complete: bool) -> Covariance:

@@ -1,12 +1,7 @@
-"""Covariance and lattice -> noise and loadings: reduce, peel, align, refine.
+"""Covariance and lattice -> loadings and noise: reduce, peel, align, and climb the likelihood to its top.
 
-    min_W  1/4 || W W^T - (S - D) ||_F^2,   W zero where a modality takes no part,   D the noise
-
-is the linear case of the structure-aware contrastive objective: with encoders V = W^T its contrast part is
--1/2 tr(V S V^T) and its penalty 1/4 || V V^T ||_F^2.
-
-Source: Li, Yu, Zhou, Hierarchical contrastive learning for multimodal data, 2026; here the refinement runs to
-convergence.
+Source: Li, Yu, Zhou, Hierarchical contrastive learning for multimodal data, 2026, for the model and the peeling; they
+refine by squared error of the covariance, the linear case of the contrastive objective.
 """
 
 from __future__ import annotations
@@ -15,26 +10,28 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float64
-from scipy.optimize import minimize
+from jaxtyping import Bool, Float64, Int
 
 from kladi.models.factors.covariance import Covariance, Dense, block_diagonal, leading, nearest_semidefinite, places
+from kladi.models.factors.likelihood import likeliest
 from kladi.models.factors.peeling import aligned, peeled, stacked
 from kladi.structure.lattice import Lattice
 
-Noise = Literal["global", "per_modality"]
+Noise = Literal["global", "per_modality", "per_feature"]
 SPARE = 8
 """Directions of each modality that are kept beyond its factors while the first estimate is made."""
-STEPS, TOLERANCE = 1_000, 1e-8
+LEAST, HEYWOOD = 1e-9, 5e-3
+"""Share of a feature's variance that is noise at least; the second where each feature has its own, which else may
+vanish with a factor that is that feature alone."""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """weights: W. noise: variance of a feature of each modality. steps: of the refinement, 0 without one. converged:
-    whether it came to its end."""
+    """weights: W. noise: variance of each feature's. steps: of the search, 0 without one. converged: whether it came to
+    its end."""
 
     weights: Float64[np.ndarray, "d R"]
-    noise: Float64[np.ndarray, " M"]
+    noise: Float64[np.ndarray, " d"]
     steps: int
     converged: bool
 
@@ -56,17 +53,42 @@ def fit(covariance: Covariance, lattice: Lattice, *, noise: Noise = "global", re
     whole_fit = isinstance(covariance, Dense) or covariance.complete
     if not whole_fit:  # blocks from different patients need not fit together: made to, where all that matters is seen
         small = Dense(nearest_semidefinite(small.matrix), small.sizes)
-    variance = noise_of(covariance, small, lattice, noise)
+    variance = noise_of(covariance, small, lattice, "global" if noise == "global" else "per_modality")
     signal = small.matrix - np.diag(np.repeat(variance, small.sizes))
     first = stacked(aligned(peeled(signal, small.sizes, lattice), signal, small.sizes, lattice), small.sizes, lattice)
+    diagonal = covariance.diagonal()
+    least = np.maximum((HEYWOOD if noise == "per_feature" else LEAST) * diagonal, 1e-300)
+    told = np.maximum(np.repeat(variance, sizes), least)
     if not refine:
-        return Fitted(canonical(block_diagonal(bases) @ first, sizes, lattice), variance, 0, True)
+        found = block_diagonal(bases) @ first
+        return Fitted(canonical(found, sizes, lattice), _apart(found, diagonal, told, least, noise), 0, True)
     # In few coordinates first, where a step costs next to nothing; what is left to gain outside them is little.
-    near, steps, converged = refined(small, first, variance, lattice)
-    found = block_diagonal(bases) @ near
-    if whole_fit:
-        found, steps, converged = refined(covariance, found, variance, lattice)
-    return Fitted(canonical(found, sizes, lattice), variance, steps, converged)
+    spread = np.maximum(np.repeat(variance, small.sizes), LEAST * np.trace(small.matrix) / len(small.matrix))
+    near = likeliest(small, first, spread, mask(small.sizes, lattice), spread)
+    found = block_diagonal(bases) @ near.weights
+    told = _apart(found, diagonal, told, least, noise)
+    if not whole_fit:
+        return Fitted(canonical(found, sizes, lattice), told, near.steps, near.converged)
+    whole = likeliest(covariance, found, told, mask(sizes, lattice), least, _groups(sizes, noise))
+    return Fitted(canonical(whole.weights, sizes, lattice), whole.noise, whole.steps, whole.converged)
+
+
+def _apart(
+    w: Float64[np.ndarray, "d R"],
+    diagonal: Float64[np.ndarray, " d"],
+    told: Float64[np.ndarray, " d"],
+    least: Float64[np.ndarray, " d"],
+    noise: Noise,
+) -> Float64[np.ndarray, " d"]:
+    """Noise of each feature: what loadings leave of its variance where each has its own, else what was told."""
+    return np.maximum(diagonal - np.square(w).sum(axis=1), least) if noise == "per_feature" else told
+
+
+def _groups(sizes: tuple[int, ...], noise: Noise) -> Int[np.ndarray, " d"]:
+    """Features that share a noise have one number."""
+    if noise == "per_feature":
+        return np.arange(sum(sizes))
+    return np.repeat(np.arange(len(sizes)) * (noise == "per_modality"), sizes)
 
 
 def noise_of(covariance: Covariance, small: Dense, lattice: Lattice, noise: Noise) -> Float64[np.ndarray, " M"]:
@@ -75,7 +97,8 @@ def noise_of(covariance: Covariance, small: Dense, lattice: Lattice, noise: Nois
     Args:
         small: the covariance of the leading directions of each modality, which hold those of the whole.
     """
-    sizes, variance = covariance.sizes, [covariance.variance(m) for m in range(len(covariance.sizes))]
+    sizes, diagonal = covariance.sizes, covariance.diagonal()
+    variance = [float(diagonal[place].sum()) for place in places(sizes)]
     if noise == "per_modality":
         blocks = [small.matrix[place, place] for place in places(small.sizes)]
         count = [int(lattice.of_modality(m).sum()) for m in range(len(sizes))]
@@ -86,36 +109,6 @@ def noise_of(covariance: Covariance, small: Dense, lattice: Lattice, noise: Nois
         explained = np.linalg.eigvalsh(block)[::-1][:rank].sum()
         found.append(max(float(total - explained) / max(size - rank, 1), 0.0))
     return np.array(found if noise == "per_modality" else found * lattice.modalities)
-
-
-def refined(
-    covariance: Covariance, start: Float64[np.ndarray, "d R"], noise: Float64[np.ndarray, " M"], lattice: Lattice
-) -> tuple[Float64[np.ndarray, "d R"], int, bool]:
-    """The minimum of the objective from a start, by L-BFGS on the free entries; steps, and whether it converged."""
-    free = mask(covariance.sizes, lattice)
-    diagonal = np.repeat(noise, covariance.sizes)[:, None]
-    # In units of the signal, so that tolerances mean the same for any data.
-    scale = max(float(np.linalg.norm(start.T @ start)), 1e-300)
-
-    def objective(entries: np.ndarray) -> tuple[float, np.ndarray]:
-        w = np.zeros_like(start)
-        w[free] = entries * scale**0.5
-        image = covariance.times(w) - diagonal * w
-        inner = w.T @ w
-        value = 0.25 * float((inner * inner).sum()) - 0.5 * float((w * image).sum())
-        return value / scale**2, (w @ inner - image)[free] / scale**1.5
-
-    least = covariance.precision  # a line search below it would only follow rounding
-    found = minimize(
-        objective,
-        start[free] / scale**0.5,
-        jac=True,
-        method="L-BFGS-B",
-        options={"maxiter": STEPS, "ftol": max(1e-3 * TOLERANCE, least), "gtol": max(TOLERANCE, least), "maxcor": 20},
-    )
-    w = np.zeros_like(start)
-    w[free] = found.x * scale**0.5
-    return w, int(found.nit), bool(found.success)
 
 
 def mask(sizes: tuple[int, ...], lattice: Lattice) -> Bool[np.ndarray, "d R"]:
