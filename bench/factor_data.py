@@ -176,7 +176,7 @@ def gap(trained: list[np.ndarray], seen: list[np.ndarray | None], m: int) -> np.
 
 def ours(tables: list[np.ndarray], lattice: Lattice) -> Model:
     ranks = dict(zip(lattice.structures, lattice.ranks, strict=True))
-    model = HierarchicalFactorModel(ranks=ranks).fit(tables)
+    model = HierarchicalFactorModel(ranks=ranks, noise="per_feature").fit(tables)
     ends = np.cumsum([0, *[x.shape[1] for x in tables]])
     weights = [model.weights_[a:b] for a, b in itertools.pairwise(ends)]
     return Model(model.transform, weights, model.lattice.width, len(tables[0]))

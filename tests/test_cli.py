@@ -114,8 +114,21 @@ def test_check_says_what_tables_know(capsys, ward):
     rows = "".join(f"p{k:04d},{k}\n" for k in range(15))
     (ward / "labs.csv").write_text(f"patient_id,crp\n{rows}")
     _, out, _ = said(capsys, "check", ward / "manifest.csv", "--data.tables", ward / "labs.csv")
-    assert "table      labs: 1 columns, 45 of 60 images" in out
+    assert "table      labs: 1 column, 45 of 60 images" in out
     assert "table labs: 45 rows of 60 are in it" in out
+
+
+@pytest.mark.slow
+def test_a_run_with_tables_is_embedded_without_them(capsys, ward, tmp_path):
+    rows = "".join(f"p{k:04d},{k},{'xy'[k % 2]},{'uv'[k % 2]}\n" for k in range(20))
+    (tmp_path / "labs.csv").write_text(f"patient_id,crp,ward,note\n{rows}")
+    tables = ["--data.tables", tmp_path / "labs.csv", "--data.levels", "ward", "--data.leave_out", "note"]
+    small = ["--intensity.size", "16", "--encoder.name", "test_efficientnet", "--train.epochs", "1"]
+    run = tmp_path / "run"
+    assert said(capsys, "pretrain", ward / "manifest.csv", *tables, *small, "--out", run)[0] == 0
+    assert str(tmp_path) not in (run / "config.toml").read_text()
+    (tmp_path / "labs.csv").unlink()
+    assert said(capsys, "embed", run, ward / "manifest.csv", "--out", tmp_path / "embedded")[0] == 0
 
 
 def test_dry_run_writes_nothing(capsys, ward, tmp_path):

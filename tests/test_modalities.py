@@ -44,7 +44,7 @@ def table(ward, name, text):
 def test_columns_of_the_manifest_are_one_modality(ward):
     dataset, _ = read(ward, covariates=["age", "sex"])
     (found,) = dataset.modalities
-    assert (found.name, found.features) == ("covariates", ("age", "sex=m"))
+    assert (found.name, found.features) == ("covariates", ("age", "sex=f", "sex=m"))
     assert found.present.all()
     train = dataset.split == TRAIN
     known = np.arange(N) != 3
@@ -119,8 +119,9 @@ def test_the_digest_knows_the_tables(ward):
     [
         ("patient_id,crp\nP1,1\nP1,2\n", "a patient twice"),
         ("path,crp\n1.png,1\n1.png,2\n", "an image twice"),
-        ("patient_id,crp\nX1,1\nX2,2\n", 'no patient of DATA is in its column "patient_id"'),
-        ("path,crp\nscan1.png,1\nscan2.png,2\n", 'no image of DATA is in its column "path"'),
+        ("patient_id,crp\nX-01,1\nX-02,2\n", 'value by its column "patient_id"; ids look like "A-99" and "A9"'),
+        ("path,crp\nscan1.png,1\nscan2.png,2\n", 'no image of DATA has a value by its column "path"'),
+        ("patient_id,split\nP1,train\nP2,test\n", "no column is left to use"),
         ("patient_id,crp\nP1,1\nP2,2\n", "4 training images of 30 have a row in it; 10 are needed"),
         ("patient_id,ward\nP1,east\nP2,west\n", "--data.leave_out ward drops it, --data.levels"),
         ("patient_id,crp\nP1,1\nP2,inf\n", "infinite or beyond 1e100"),
@@ -141,6 +142,7 @@ def test_faults_are_named(ward, text, said):
         ("label", "says the label of a row"),
         ("patient_id", "says the patient_id of a row"),
         ("split", "says the split of a row"),
+        ("mask", "says the mask of a row"),
         ("agee", 'is no column of the manifest; closest: "age"'),
     ],
 )
@@ -148,6 +150,68 @@ def test_columns_that_are_no_covariates_are_named(ward, column, said):
     with pytest.raises(UserError, match=f"--data.covariates {column}") as caught:
         read(ward, covariates=[column])
     assert said in str(caught.value)
+
+
+def other(ward, name, change):
+    """The manifest with its lines changed."""
+    lines = (ward / "manifest.csv").read_text().splitlines()
+    (ward / name).write_text("\n".join(change(i, line) for i, line in enumerate(lines)) + "\n")
+    config = {"data.store": str(ward / "store"), "intensity.size": 16}
+    return lambda **data: load.load(
+        ward / name,
+        settings.override(settings.Config(), {**config, **{f"data.{key}": value for key, value in data.items()}}),
+    )
+
+
+def test_a_few_words_among_numbers_are_named_with_their_rows(ward):
+    typo = other(ward, "typo.csv", lambda i, line: line.replace(",36,", ",36y,").replace(",38,", ',"38,5",'))
+    with pytest.raises(UserError, match=r"--data.covariates age: no number, where most cells are one: rows 7, 9"):
+        typo(covariates=["age"])
+    with pytest.raises(UserError, match="--data.covariates age has 39 different words in 39 rows, as names have"):
+        typo(covariates=["age"], levels=["age"])
+
+
+def test_words_are_said_and_blank_ones_are_blank(ward):
+    read_it = other(ward, "words.csv", lambda i, line: line[:-1] + "NA" if i in (4, 5) else line)
+    dataset, inspection = read_it(covariates=["sex"])
+    (found,) = dataset.modalities
+    assert found.features == ("sex=f", "sex=m")
+    assert np.flatnonzero(~found.present).tolist() == [3, 4]
+    assert any('covariate "sex": 2 words, a column each' in f.message for f in inspection.findings)
+
+
+def test_who_a_row_is_is_no_feature(ward):
+    rows = "".join(f"{i}.png,{i // 2},{i % 2},{i * i}\n" for i in range(N))
+    path = table(ward, "roles.csv", f"path,patient_id,label,area\n{rows}")
+    dataset, inspection = read(ward, tables=[path])
+    assert dataset.modalities[0].features == ("area",)
+    assert any('"patient_id", "label" say who or what a row is' in f.message for f in inspection.findings)
+
+
+def test_held_out_rows_change_no_column_of_training(ward):
+    """A word that only a held-out patient has, first in the alphabet; and a value far beyond all."""
+    for last, value in (("zz", "5"), ("aa", "1e99")):
+        rows = "".join(f"P{k},{'xy'[k % 2] if k < 19 else last},{k if k < 19 else value}\n" for k in range(20))
+        path = table(ward, f"{last}.csv", f"patient_id,ward,crp\n{rows}")
+        (found,) = read(ward, tables=[path], levels=["ward"])[0].modalities
+        assert sorted(found.features) == ["crp", "ward=x", "ward=y"]
+        assert np.isfinite(found.values).all()
+
+
+def test_paths_are_written_in_many_ways(ward):
+    for form in ("./{}.png", ".\\{}.png", f"{ward}/{{}}.png"):
+        rows = "".join(f"{form.format(i)},{i}\n" for i in range(N))
+        path = table(ward, "ways.csv", f"path,area\n{rows}")
+        if form.startswith("."):
+            assert read(ward, tables=[path])[0].modalities[0].present.all()
+
+
+def test_faults_of_tables_stand_beside_all_others(ward):
+    read_it = other(ward, "broken.csv", lambda i, line: line.replace(",train,", ",trian,") if i == 2 else line)
+    with pytest.raises(UserError) as caught:
+        read_it(tables=[table(ward, "labs.csv", "patient_id,crp\nP1,1\nP1,2\n")])
+    assert "trian" in str(caught.value)
+    assert "a patient twice" in str(caught.value)
 
 
 def test_a_name_is_used_once(ward):
@@ -162,4 +226,4 @@ def test_a_column_that_no_table_has_is_named(ward):
     with pytest.raises(UserError, match=r'--data.leave_out cpr is no column .*; closest: "crp"'):
         read(ward, tables=paths, leave_out=["cpr", "ward"])
     crp, hb = read(ward, tables=paths, levels=["ward"])[0].modalities
-    assert (crp.features, hb.features) == (("crp", "ward=y"), ("hb", "ward=y"))
+    assert (crp.features, hb.features) == (("crp", "ward=x", "ward=y"), ("hb", "ward=x", "ward=y"))

@@ -61,6 +61,14 @@ def test_without_any_row_in_a_table_the_views_still_train():
     assert objective.idle["factors"] == 1
 
 
+def test_a_table_may_take_part_in_nothing():
+    """The control without tables."""
+    objective, batch = setting(with_tables(tiny.data()), ranks={"image": 4})
+    objective(batch)["factors"].backward()
+    bare = objective(dataclasses.replace(batch, in_table=torch.zeros_like(batch.in_table)))["factors"]
+    assert objective(batch)["factors"].item() == pytest.approx(bare.item(), rel=1e-6)
+
+
 def test_ranks_are_named_by_modality():
     objective, _ = setting(with_tables(tiny.data()), ranks={"clinic+image": 2, "image": 3, "image + labs": 4})
     assert str(objective.factors.lattice) == "0+1 (2), 0+2 (4), 0 (3)"

@@ -103,7 +103,7 @@ def test_impossible_ids_are_named(tmp_path, numbers):
         (["", *[f"P{i:03d}" for i in range(1, N)]], r'no id in column "patient_id": row 1'),
         (
             [f"PAT-{i}" for i in range(N)],
-            r'b and a share 0 patients; 10 are needed; their ids look like "A999" and "AAA-9"',
+            r'b and a share 0 patients; 10 are needed; ids look like "A999" and "AAA-9"',
         ),
         ([f"P{i:03d}" for i in range(15, 15 + N)], "b and a share 9 patients; 10 are needed$"),
     ):
@@ -126,7 +126,7 @@ def test_nothing_is_asked_for_in_vain(tmp_path, numbers):
     many = {"mrn": ids, "y": list(range(60)), "x": [1.5, 2.5] * 30}
     paths = [written(tmp_path, "a", many, ids=[f"P{i:03d}" for i in range(60)]), written(tmp_path, "b", numbers)]
     for options, said in (
-        ({"levels": ["mrn"]}, "--levels mrn has 60 different words; it takes 50 at most"),
+        ({"levels": ["mrn"]}, "--levels mrn has 60 different words in 60 rows, as names have; it takes 30 at most"),
         ({"leave_out": ["mrn", "mnr"]}, '--leave-out mnr is no column of these tables; closest: "mrn"'),
         ({"leave_out": ["mrn"], "outcome": "mrn"}, "--outcome mrn is asked about, and cannot be left out"),
         ({"leave_out": ["mrn"], "outcome": "z"}, "--outcome z is no column"),

@@ -97,7 +97,10 @@ def inspect(data: str | Path, config: settings.Config) -> Inspection:
     findings = merged(findings)  # a header is read twice, for its tags and for its pixels
     tables: tuple[Beside, ...] = ()
     if built is not None and len(built):
-        tables, said = modalities.read(rows.table[built.source.tolist()], built.row_id, config.data)
+        try:
+            tables, said = modalities.read(rows.table[built.source.tolist()], built.row_id, rows.root, config.data)
+        except UserError as error:  # listed with all other faults
+            said = [Finding("F0", "error", str(error))]
         findings += said
     inspection = Inspection(rows, taxonomy, built, tuple(findings), tables)
     if not inspection.errors():

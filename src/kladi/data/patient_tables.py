@@ -145,11 +145,11 @@ def _require_meeting(present: Bool[np.ndarray, "n M"], every: list[Table]) -> No
             both = int((present[:, m] & present[:, k]).sum())
             if both < LEAST_PATIENTS:
                 two = f"{every[k].name} and {one.name}"
-                like = f"; their ids look like {_shape(every[k].ids[0])} and {_shape(one.ids[0])}" if not both else ""
+                like = f"; ids look like {shape_of(every[k].ids[0])} and {shape_of(one.ids[0])}" if not both else ""
                 raise UserError(f"{two} share {counted(both, 'patient')}; {LEAST_PATIENTS} are needed{like}")
 
 
-def _shape(text: str) -> str:
+def shape_of(text: str) -> str:
     """An id's form without the id: letters as A, digits as 9."""
     return quoted("".join("9" if c.isdigit() else "A" if c.isalpha() else c for c in text))
 
@@ -166,14 +166,23 @@ class Columns:
 
 
 def columns_of(
-    cells: Mapping[str, pl.Series], row: pl.Series, where: str, *, levels: Sequence[str] = (), prefix: str = "--"
+    cells: Mapping[str, pl.Series],
+    row: pl.Series,
+    where: str,
+    *,
+    levels: Sequence[str] = (),
+    prefix: str = "--",
+    option: str = "levels",
+    spare: int = 1,
 ) -> Columns:
     """Cells as numbers.
 
     Args:
         cells: text by column. row: number of each row, for messages. where: the file, for messages.
         levels: columns of text that become one column of 0 and 1 a value.
-        prefix: of the options that a message names.
+        prefix: of the options that a message names. option: the one that asks for levels.
+        spare: of the values of a column of levels, the first in the alphabet so many have no column of their own: 1
+            where all others at 0 say it, 0 where which one that is must not hang on all rows together.
 
     Raises:
         UserError: text where numbers belong, infinities, or a column of levels with very many values.
@@ -183,8 +192,9 @@ def columns_of(
     text: list[str] = []
     for column, raw in cells.items():
         if column in levels:
-            _require_few(raw, column, where, prefix)
-            for value in raw.drop_nulls().unique().sort().to_list()[1:]:  # the first is where all others are 0
+            raw = known(raw)
+            _require_few(raw, column, f"{where}: {prefix}{option} {column}")
+            for value in raw.drop_nulls().unique().sort().to_list()[spare:]:
                 features.append(f"{column}={value}")
                 columns.append((raw == value).cast(pl.Float64).fill_null(float("nan")).to_numpy())
             continue
@@ -219,6 +229,8 @@ def identified(
     Raises:
         UserError: broken cells, no such column, a row without an id, or an id twice.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a .csv, .tsv or .parquet in it, or embeddings.npz")
     cells = table_files.read(path)
     images = [column for column in cells.columns if by_path and means(column, "path")]
     numbered = key == ROW and ROW not in cells.columns
@@ -255,12 +267,13 @@ def _table(path: Path, name: str, key: str, leave_out: Sequence[str], levels: Se
     return Table(name, names, rows, tuple(features), values, tuple(findings), about, tuple(cells.columns))
 
 
-def _require_few(raw: pl.Series, column: str, where: str, prefix: str) -> None:
+def _require_few(raw: pl.Series, column: str, asked: str) -> None:
     """A column of many words is more likely a name or an id, which must not be written out."""
-    if means(column, "patient_id") or raw.n_unique() > MOST_LEVELS:
-        raise UserError(
-            f"{where}: {prefix}levels {column} has {raw.n_unique():,} different words; it takes {MOST_LEVELS} at most"
-        )
+    words, rows = raw.drop_nulls().n_unique(), len(raw) - raw.null_count()
+    most = min(MOST_LEVELS, max(2, rows // 2))
+    if means(column, "patient_id") or words > most:
+        said = f"{counted(words, 'different word')} in {counted(rows, 'row')}"
+        raise UserError(f"{asked} has {said}, as names have; it takes {most} at most")
 
 
 def _outcome(raw: pl.Series, column: str, path: Path) -> Float64[np.ndarray, " n"]:
@@ -294,9 +307,14 @@ def _id_column(columns: list[str], key: str, path: Path, prefix: str) -> str:
     return found[0]
 
 
+def known(raw: pl.Series) -> pl.Series:
+    """Without the words that say that there is nothing."""
+    return raw.set(raw.str.to_lowercase().is_in(list(MISSING_WORDS)).fill_null(value=False), None)
+
+
 def numbers_of(raw: pl.Series) -> Float64[np.ndarray, " n"] | None:
     """Floats, NaN where blank; None where a cell is text."""
-    text = raw.set(raw.str.to_lowercase().is_in(list(MISSING_WORDS)), None)
+    text = known(raw)
     numbers = text.cast(pl.Float64, strict=False)
     if (numbers.is_null() & text.is_not_null()).any() or (len(text) and text.is_null().all()):
         return None if not text.is_null().all() else np.full(len(raw), np.nan)

@@ -14,7 +14,7 @@ import numpy as np
 
 from kladi import config as settings
 from kladi.data.dataset import HELD_OUT, TEST, TRAIN, VAL, Dataset
-from kladi.data.findings import Finding, line, listed, visible
+from kladi.data.findings import Finding, counted, line, listed, visible
 from kladi.data.load import Inspection, join
 from kladi.data.rows.columns import ATTRIBUTES
 from kladi.data.rows.manifest import ROLES, Manifest
@@ -60,7 +60,7 @@ def lines(inspection: Inspection, config: settings.Config, seconds: float, **rul
         yield from _joined(dataset)
         for one in dataset.modalities:
             known = f"{int(one.present.sum()):,} of {len(dataset):,} images"
-            yield "table", f"{one.name}: {len(one.features):,} columns, {known}"
+            yield "table", f"{one.name}: {counted(len(one.features), 'column')}, {known}"
         yield from metadata_lines(dataset, config.train.batch, **rules)
 
 

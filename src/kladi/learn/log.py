@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from kladi.data.dataset import TRAIN, Dataset
+from kladi.data.findings import counted
 from kladi.errors import RunStopped
 from kladi.learn import monitors
 from kladi.learn.console import WIDTH, Lines, Row, body, head, printable, spelt
+from kladi.learn.multimodal import Multimodal
 from kladi.learn.objectives import Supervised
 from kladi.learn.training import Training
 
@@ -48,7 +50,8 @@ class Log:
         self.say("data", f"{int(train.sum()):,} images{patients}; {held_out} held out")
         for one in dataset.modalities:
             known = int((one.present & (dataset.split == TRAIN)).sum())
-            self.say("table", f"{one.name}: {len(one.features):,} columns, {known:,} of {int(train.sum()):,} images")
+            said = f"{one.name}: {counted(len(one.features), 'column')}, {known:,} of {int(train.sum()):,} images"
+            self.say("table", said if isinstance(objective, Multimodal) else f"{said}; only multimodal reads it")
         if "label" in objective.targets.values():
             known = int((dataset.target[train] >= 0).sum())
             free = [name for name, target in objective.targets.items() if target != "label"]

@@ -227,7 +227,8 @@ def read_config(run: Path) -> settings.Config:
     named = {"data.taxonomy": config.data.taxonomy, "data.synonyms": config.data.synonyms, **trees}
     config = settings.override(config, {key: str(run / name) for key, name in named.items() if name})
     # Tables beside the images were for training; they are not copied, and nothing after it reads them.
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, tables=(), covariates=()))
+    bare = dataclasses.replace(config.data, tables=(), covariates=(), levels=(), leave_out=())
+    return dataclasses.replace(config, data=bare)
 
 
 def read_rows(run: Path) -> Rows:

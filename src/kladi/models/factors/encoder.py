@@ -52,10 +52,11 @@ class FactorEncoder(nn.Module):
 
     @override
     def forward(self, features: Sequence[Float[Tensor, "B _"]]) -> list[Float[Tensor, "B _"]]:
-        """Of each modality its blocks side by side, as `StructureContrastLoss` reads them."""
+        """Of each modality its blocks side by side, as `StructureContrastLoss` reads them; of one that takes part in
+        nothing no column."""
         own = [[s for s in self.lattice.structures if m in s] for m in range(len(features))]
         return [
-            torch.cat([self.networks[_key(m, s)](x) for s in structures], dim=1)
+            torch.cat([x.new_zeros(len(x), 0), *(self.networks[_key(m, s)](x) for s in structures)], dim=1)
             for m, (structures, x) in enumerate(zip(own, features, strict=True))
         ]
 
