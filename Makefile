@@ -52,7 +52,7 @@ bench: $(VENV)/.bench      ## side by side with peers
 	$(BIN)/python bench/step.py
 	$(BIN)/python bench/topology.py
 	$(BIN)/python bench/factors.py
-	$(BIN)/python bench/factor_simulation.py --replications 1 --slow 1 --only "low noise, 500"
+	$(BIN)/python bench/factor_simulation.py --replications 1 --only "low noise, 500"
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict

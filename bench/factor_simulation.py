@@ -70,12 +70,11 @@ SETTINGS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--replications", type=int, default=20)
-    parser.add_argument("--slow", type=int, default=3, help="replications of solrCMF, which takes minutes")
     parser.add_argument("--only", default="", help="settings whose name holds this")
     options = parser.parse_args()
     for name, setting in SETTINGS.items():
         if options.only in name:
-            print(f"\n### {name}\n\n{table(setting, options.replications, options.slow)}", flush=True)
+            print(f"\n### {name}\n\n{table(setting, options.replications)}", flush=True)
 
 
 Method = Callable[[list[np.ndarray], Setting], Found]
@@ -115,9 +114,15 @@ def measured(setting: Setting, replication: int, without: Sequence[str]) -> dict
     return out
 
 
-def table(setting: Setting, replications: int, slow: int) -> str:
+def too_slow(setting: Setting, replication: int) -> list[str]:
+    """Peers that are left out of a replication: they take from seconds to minutes, by the number of patients."""
+    limits = {"MOFA2": 20 if setting.patients <= 500 else 5, "solrCMF": 3 if setting.patients <= 1_000 else 0}
+    return [name for name, most in limits.items() if replication >= most]
+
+
+def table(setting: Setting, replications: int) -> str:
     """A line a method: mean and sd over replications."""
-    every = [measured(setting, number, () if number < slow else ("solrCMF",)) for number in range(replications)]
+    every = [measured(setting, number, too_slow(setting, number)) for number in range(replications)]
     lines = [
         "| method | F1 | exact | ranks | block | angle | gram | excess | selected | CPU s | n |",
         "|---" * 11 + "|",

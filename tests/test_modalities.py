@@ -167,7 +167,7 @@ def test_a_few_words_among_numbers_are_named_with_their_rows(ward):
     typo = other(ward, "typo.csv", lambda i, line: line.replace(",36,", ",36y,").replace(",38,", ',"38,5",'))
     with pytest.raises(UserError, match=r"--data.covariates age: no number, where most cells are one: rows 7, 9"):
         typo(covariates=["age"])
-    with pytest.raises(UserError, match="--data.covariates age has 39 different words in 39 rows, as names have"):
+    with pytest.raises(UserError, match=r"--data.covariates age has 39 different words in 39 rows, as names have"):
         typo(covariates=["age"], levels=["age"])
 
 
