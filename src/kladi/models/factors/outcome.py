@@ -25,7 +25,8 @@ from kladi.structure.lattice import Lattice, Structure
 
 PENALTIES = (*(10.0 ** (-k / 3) for k in range(13)), 0.0)
 """Tried, as shares of the least penalty that leaves everything out."""
-SWEEPS, TOLERANCE = 2_000, 1e-8
+SWEEPS, TOLERANCE = 300, 1e-6
+"""Of the group lasso, which chooses groups and no numbers."""
 
 
 @dataclass(frozen=True)
