@@ -189,7 +189,9 @@ def columns_of(
     """
     features: list[str] = []
     columns: list[np.ndarray] = []
-    text: list[str] = []
+    plain = [column for column in cells if column not in levels]
+    numbers, is_text = _numbers([cells[column] for column in plain], len(row))
+    place = {column: i for i, column in enumerate(plain)}
     for column, raw in cells.items():
         if column in levels:
             raw = known(raw)
@@ -197,17 +199,16 @@ def columns_of(
             for value in raw.drop_nulls().unique().sort().to_list()[spare:]:
                 features.append(f"{column}={value}")
                 columns.append((raw == value).cast(pl.Float64).fill_null(float("nan")).to_numpy())
-            continue
-        numbers = numbers_of(raw)
-        if numbers is None:
-            text.append(column)
-            continue
-        infinite = row.filter(pl.Series(np.abs(numbers) > LARGEST)).to_list()
-        if infinite:
-            said = line(Finding("F4", "error", f"infinite or beyond 1e100 in column {quoted(column)}", tuple(infinite)))
-            raise UserError(f"{where}: {said}")
-        features.append(column)
-        columns.append(numbers)
+        elif not is_text[place[column]]:
+            features.append(column)
+            columns.append(numbers[place[column]])
+    infinite = np.argwhere(np.abs(numbers) > LARGEST)
+    if len(infinite):
+        column = int(infinite[0][0])
+        rows = tuple(row.gather(infinite[infinite[:, 0] == column, 1]).to_list())
+        said = Finding("F4", "error", f"infinite or beyond 1e100 in column {quoted(plain[column])}", rows)
+        raise UserError(f"{where}: {line(said)}")
+    text = [column for column, is_one in zip(plain, is_text, strict=True) if is_one]
     if text:
         what = listed([quoted(column) for column in text])
         leave_out = f"{prefix}{'leave-out' if prefix == '--' else 'leave_out'}"
@@ -314,11 +315,18 @@ def known(raw: pl.Series) -> pl.Series:
 
 def numbers_of(raw: pl.Series) -> Float64[np.ndarray, " n"] | None:
     """Floats, NaN where blank; None where a cell is text."""
-    text = known(raw)
+    numbers, is_text = _numbers([raw], len(raw))
+    return None if is_text[0] else numbers[0]
+
+
+def _numbers(columns: Sequence[pl.Series], n: int) -> tuple[Float64[np.ndarray, "k n"], Bool[np.ndarray, " k"]]:
+    """Floats, NaN where blank or text, and which columns have a cell of text; one pass for all of them."""
+    if not columns or not n:
+        return np.zeros((len(columns), n)), np.zeros(len(columns), dtype=bool)
+    text = known(pl.concat([column.alias("") for column in columns]))
     numbers = text.cast(pl.Float64, strict=False)
-    if (numbers.is_null() & text.is_not_null()).any() or (len(text) and text.is_null().all()):
-        return None if not text.is_null().all() else np.full(len(raw), np.nan)
-    return numbers.fill_null(float("nan")).to_numpy().astype(np.float64)
+    odd = (numbers.is_null() & text.is_not_null()).to_numpy().reshape(-1, n)
+    return numbers.fill_null(float("nan")).to_numpy().astype(np.float64).reshape(-1, n), np.asarray(odd.any(axis=1))
 
 
 def _filled(

@@ -12,7 +12,7 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -202,7 +202,7 @@ class _Records:
             numbers, records = [n for n, _ in kept], [record for _, record in kept]
         columns = list(zip(*records, strict=True)) or [()] * width
         row = _numbers(numbers)
-        return row, [_clean(_text(column), row) for column in columns]
+        return row, _clean([_text(column) for column in columns], row)
 
     def _fitted(self, number: int, record: list[str], width: int) -> list[str]:
         if len(record) < width:
@@ -240,9 +240,19 @@ class _Column:
     changed: pl.Series
 
 
-def _clean(raw: pl.Series, row: pl.Series) -> _Column:
+def _clean(columns: Sequence[pl.Series], row: pl.Series) -> list[_Column]:
+    """One pass over the cells of all columns, of which a table may have thousands."""
+    n = len(row)
+    if not columns or not n:
+        return [_Column(_text([]), row)] * len(columns)
+    raw = pl.concat(columns)
     cells = cleaned(raw)
-    return _Column(cells, row.filter((raw != cells).fill_null(value=False)))
+    differs = (raw != cells).fill_null(value=False)
+    any_does = bool(differs.any())
+    return [
+        _Column(cells.slice(start, n), row.filter(differs.slice(start, n)) if any_does else row.clear())
+        for start in range(0, n * len(columns), n)
+    ]
 
 
 def _joined(pieces: list[_Column]) -> _Column:
@@ -266,7 +276,7 @@ def _read_parquet(path: Path) -> Cells:
     other = [quoted(c.name) for c in table.get_columns() if not _is_text_like(c)]
     found = [Finding("M8", "warning", f"columns of bytes or records are not read: {listed(other)}")] if other else []
     row = _numbers(range(1, table.height + 1))
-    columns = [_clean(_as_text(c), row) for c in readable]
+    columns = _clean([_as_text(c).alias("") for c in readable], row)
     return _named(path, row, [c.name for c in readable], columns, {}, found)
 
 
@@ -309,7 +319,7 @@ def _named(
     found: list[Finding],
 ) -> Cells:
     """Drop blank rows, and give each column its name."""
-    names = [cleaned(_text([name]))[0] for name in header]
+    names = cleaned(_text(header)).to_list()
     kept: dict[str, pl.Series] = {}
     untrimmed: dict[str, tuple[int, ...]] = {}
     nameless = 0
