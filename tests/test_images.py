@@ -358,7 +358,7 @@ def test_i11_pages():
         data = bytes_of(first, kind, save_all=True, append_images=rest)
         found = decoded(data)
         np.testing.assert_array_equal(found.pixels[0], pages[0])
-        assert found.notes == (("I11", 'frame 1 of 3 is read; --data.frames "all" reads each'),)
+        assert found.notes == (("I11", 'frame 1 of 3 is read; a column "frame" in a row of its own names another'),)
         for index, page in enumerate(pages):
             np.testing.assert_array_equal(decoded(data, frame=index).pixels[0], page)
         assert fault(data, frame=3).reason == "frame 3 does not exist: the file has 3"

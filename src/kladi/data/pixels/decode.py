@@ -120,7 +120,8 @@ def read_frame(opened: Opened, frame: int, intensity: settings.Intensity) -> Dec
     if frame < 0:
         index = opened.default
         if opened.frames > 1:
-            notes = (*notes, ("I11", f'frame {index + 1} of {opened.frames} is read; --data.frames "all" reads each'))
+            said = f'frame {index + 1} of {opened.frames} is read; a column "frame" in a row of its own names another'
+            notes = (*notes, ("I11", said))
     elif frame >= opened.frames:
         raise Unreadable(f"frame {frame} does not exist: the file has {opened.frames}", "I11")
     try:
