@@ -178,7 +178,8 @@ def gap(trained: list[np.ndarray], seen: list[np.ndarray | None], m: int) -> np.
     there = ~np.isnan(trained[m]).any(axis=1)
     x = np.concatenate([np.nan_to_num(trained[k]) for k in others], axis=1)
     new = np.concatenate([np.nan_to_num(seen[k]) for k in others], axis=1)
-    return RidgeCV(np.logspace(1, 6, 6), cv=5).fit(x[there], trained[m][there]).predict(new)
+    guess = RidgeCV(np.logspace(1, 6, 6), cv=5).fit(x[there], trained[m][there]).predict(new)
+    return guess.reshape(len(new), -1)  # of one column it is a vector
 
 
 # --- methods ---------------------------------------------------------------------------------------------------------

@@ -101,8 +101,8 @@ def measured(setting: Setting, replication: int, without: Sequence[str]) -> dict
     question = asked(setting, weights, level, rng)
     out: dict[str, dict[str, float]] = {}
     for name, method in METHODS.items():
-        if name in without or (setting.missing and not name.startswith("kladi")):
-            continue  # peers need every patient in every table
+        if name in without or (setting.missing and not name.startswith(("kladi", "MOFA2"))):
+            continue  # they need every patient in every table
         start = time.process_time()
         try:
             found = method(tables, setting)

@@ -19,19 +19,20 @@ def said(n=7, seed=0, lattice=LATTICE):
     return [torch.randn(n, width, generator=generator, dtype=torch.float64) + 1 for width in widths]
 
 
-def naive(lattice, h):
-    """Sums over patients and pairs of patients, as the definition has them."""
+def naive(lattice, h, again=None):
+    """Sums over patients and pairs of patients, as the definition has them; `again`, of a second look."""
+    second = h if again is None else again
     n, phi = len(h[0]), np.zeros((len(h[0]), len(h[0])))
     for structure in lattice.structures:
         for m in structure:
             for k in structure:
-                a, b = h[m][:, blocks(lattice, m)[structure]], h[k][:, blocks(lattice, k)[structure]]
+                a, b = h[m][:, blocks(lattice, m)[structure]], second[k][:, blocks(lattice, k)[structure]]
                 for i in range(n):
                     for j in range(n):
                         phi[i, j] += float(a[i] @ b[j])
     off = phi.sum() - np.trace(phi)
     contrast = -np.trace(phi) / (2 * n) + off / (2 * n * (n - 1))
-    penalty = sum(np.square(np.cov(part.numpy().T)).sum() for part in h) / 4
+    penalty = sum(np.square(np.cov(part.numpy().T)).sum() for part in (*h, *second)) / 8
     return contrast, penalty
 
 
@@ -41,6 +42,36 @@ def test_it_is_its_definition():
     for weight in (1.0, 0.3):
         found = StructureContrastLoss(LATTICE, weight=weight)(h)
         assert float(found) == pytest.approx(contrast + weight * penalty, rel=1e-12)
+
+
+def test_a_second_look_is_in_its_definition():
+    h, again = said(seed=0), said(seed=1)
+    contrast, penalty = naive(LATTICE, h, again)
+    loss = StructureContrastLoss(LATTICE, weight=0.3)
+    assert float(loss(h, again=again)) == pytest.approx(contrast + 0.3 * penalty, rel=1e-12)
+    assert float(loss(again, again=h)) == pytest.approx(float(loss(h, again=again)), rel=1e-12)
+    assert float(loss(h, again=h)) == pytest.approx(float(loss(h)), rel=1e-12)
+    with pytest.raises(ValueError, match="modalities say"):
+        loss(h, again=again[:2])
+
+
+def test_two_looks_at_one_modality_are_the_spectral_contrast():
+    """Of centred rows: half of -E<h, h'> + 1/2 E<h_i, h_j>^2, the last over all pairs of each look."""
+    lattice = Lattice.of(1, 3)
+    (h,), (again,) = said(40, 0, lattice), said(40, 1, lattice)
+    one, two = h - h.mean(0), again - again.mean(0)
+    repelled = ((one @ one.T).square().sum() + (two @ two.T).square().sum()) / (2 * 39**2)
+    want = 0.5 * (-(one * two).sum() / 39 + 0.5 * repelled)
+    torch.testing.assert_close(StructureContrastLoss(lattice)([h], again=[again]), want)
+
+
+def test_a_second_look_has_gradients_and_opposed_looks_cost_most():
+    lattice = Lattice.of(2, {"0+1": 1, "0": 2})
+    h, again = ([part.requires_grad_() for part in said(6, seed, lattice)] for seed in (0, 1))
+    loss = StructureContrastLoss(lattice)
+    assert torch.autograd.gradcheck(lambda *x: loss(list(x[:2]), again=list(x[2:])), (*h, *again))
+    plain = [part.detach() for part in h]
+    assert loss(plain, again=[-part for part in plain]) > loss(plain)
 
 
 def test_one_modality_is_whitened():

@@ -53,6 +53,14 @@ class Embeddings:
     def __len__(self) -> int:
         return len(self.row_id)
 
+    def places(self, row_id: UInt64[np.ndarray, " m"]) -> Int[np.ndarray, " m"]:
+        """Where images of these contents stand; -1 where they do not."""
+        if not len(self):
+            return np.full(len(row_id), -1)
+        order = np.argsort(self.row_id, kind="stable")
+        near = order[np.minimum(np.searchsorted(self.row_id[order], row_id), len(order) - 1)]
+        return np.where(self.row_id[near] == row_id, near, -1)
+
     def write(self, path: Path) -> None:
         """`embeddings.npz`, readable by its owner alone; arrays and plain text, no pickle."""
         arrays: dict[str, Any] = {

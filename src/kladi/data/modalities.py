@@ -7,18 +7,18 @@ content of the image. Ids and paths are compared and dropped. Scale and centre a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
-from jaxtyping import Bool, Float32, Float64, UInt64
+from jaxtyping import Bool, Float32, Float64, Int, UInt64
 
 from kladi import config as settings
 from kladi.data.embeddings import Embeddings
 from kladi.data.findings import Finding, counted, line, listed, quoted, visible
-from kladi.data.patient_tables import columns_of, identified, known, numbers_of, shape_of
+from kladi.data.patient_tables import Words, columns_of, identified, known, numbers_of, shape_of
+from kladi.data.rows import columns
 from kladi.data.rows.columns import means
 from kladi.data.rows.manifest import ROLES
 from kladi.data.rows.paths import locate
@@ -28,12 +28,11 @@ from kladi.structure.lattice import MOST_MODALITIES
 
 COVARIATES = "covariates"
 """Name of the modality that columns of the manifest make."""
+SETTINGS = Words("--data.levels", "--data.leave_out", 'call it "patient_id", or "path" where rows are of images')
 LEAST_ROWS = 10
 """Training images that a table must speak of."""
 FARTHEST = 1e6
 """Deviations from the mean at most: what is held out may be anything."""
-ROLE_NAMES = ("path", "label", "patient_id", "split", "frame")
-"""Roles whose columns are never a feature."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def read(
     findings: list[Finding] = []
     every = [_covariates(table, data, findings)] if data.covariates else []
     paths = [Path(text) for text in data.tables]
-    files = {path: identified(path, by_path=True, prefix="--data.") for path in paths if not _is_embedded(path)}
+    files = {path: identified(path, by_path=True, words=SETTINGS) for path in paths if not _is_embedded(path)}
     _require_known(data, {column for cells, _, _ in files.values() for column in cells.columns})
     for path in paths:
         file = files.get(path)
@@ -159,12 +158,11 @@ def _covariates(table: pl.DataFrame, data: settings.Data, findings: list[Finding
             raise UserError(f"--data.covariates {name} is no column of the manifest{suggestion(name, list(text))}")
         chosen[name] = text[name]
     levels = [name for name, raw in chosen.items() if name in data.levels or _are_words(name, raw, table["row"])]
-    found = columns_of(
-        chosen, table["row"], "the manifest", levels=levels, prefix="--data.", option="covariates", spare=0
-    )
+    words = replace(SETTINGS, levels="--data.covariates")
+    found = columns_of(chosen, table["row"], "the manifest", levels=levels, words=words, spare=0)
     for name in levels:
-        words = sum(feature.startswith(f"{name}=") for feature in found.features)
-        findings.append(Finding("F9", "warning", f"covariate {quoted(name)}: {counted(words, 'word')}, a column each"))
+        count = sum(feature.startswith(f"{name}=") for feature in found.features)
+        findings.append(Finding("F9", "warning", f"covariate {quoted(name)}: {counted(count, 'word')}, a column each"))
     if not found.features:
         raise UserError(f"--data.covariates {','.join(data.covariates)}: each has one value only")
     return Beside(COVARIATES, found.features, found.values)
@@ -187,7 +185,7 @@ def _role(column: str) -> str:
     """What a column of that name says of a row, where it says anything but a fact of the patient."""
     if column == "mask":
         return column
-    return next((role for role in ROLE_NAMES if means(column, role)), "")
+    return next((role for role in columns.ROLES if means(column, role)), "")
 
 
 def _joined(
@@ -208,12 +206,14 @@ def _joined(
     unused = {column, *roles, *data.leave_out}
     used = {other: raw for other, raw in cells.columns.items() if other not in unused}
     levels = [level for level in data.levels if level in used]
-    found = columns_of(used, cells.row, str(path), levels=levels, prefix="--data.", spare=0)
+    found = columns_of(used, cells.row, str(path), levels=levels, words=SETTINGS, spare=0)
     if not found.features:
         raise UserError(f"{path}: no column is left to use")
     of_images = means(column, "path")
     ids = locate(root, ids, allow_outside=True).path if of_images else ids
-    values = _placed(found.values, ids.to_list(), (table["path"] if of_images else table["patient"]).to_list())
+    place = {one: i for i, one in enumerate(ids.to_list())}
+    whose = (table["path"] if of_images else table["patient"]).to_list()
+    values = _placed(found.values, np.array([-1 if one is None else place.get(one, -1) for one in whose]))
     if np.isnan(values).all():
         whose = table["patient"].drop_nulls()
         like = "" if of_images or not len(whose) else f"; ids look like {shape_of(ids[0])} and {shape_of(whose[0])}"
@@ -234,14 +234,12 @@ def _embedded(path: Path, row_id: UInt64[np.ndarray, " n"]) -> Beside:
     bad = int((~np.isfinite(found.features).all(axis=1)).sum())
     if bad:
         raise UserError(f"{path}: {counted(bad, 'row')} with NaN or infinity")
-    values = _placed(found.features.astype(np.float64), found.row_id.tolist(), row_id.tolist())
+    values = _placed(found.features.astype(np.float64), found.places(row_id))
     if np.isnan(values).all():
         raise UserError(f"{path}: no image of DATA is among its rows")
     return Beside(_name(path), tuple(f"feature {i}" for i in range(values.shape[1])), values)
 
 
-def _placed(values: Float64[np.ndarray, "k d"], ids: list[Any], whose: list[Any]) -> Float64[np.ndarray, "n d"]:
-    """Rows of a file, a row an image; NaN where the file has none."""
-    place = {one: i for i, one in enumerate(ids)}
-    at = np.array([-1 if one is None else place.get(one, -1) for one in whose], dtype=np.int64)
+def _placed(values: Float64[np.ndarray, "k d"], at: Int[np.ndarray, " n"]) -> Float64[np.ndarray, "n d"]:
+    """Rows of a file, a row an image; NaN where `at` is -1."""
     return np.where((at >= 0)[:, None], values[at], np.nan)

@@ -155,6 +155,18 @@ def shape_of(text: str) -> str:
 
 
 @dataclass(frozen=True)
+class Words:
+    """What messages call the options where they are given: that for levels, for leaving out, and how ids are named."""
+
+    levels: str
+    leave_out: str
+    key: str
+
+
+OPTIONS = Words("--levels", "--leave-out", "--key COLUMN names it")
+
+
+@dataclass(frozen=True)
 class Columns:
     """Columns of numbers, and of 0 and 1 for text that was split up.
 
@@ -171,8 +183,7 @@ def columns_of(
     where: str,
     *,
     levels: Sequence[str] = (),
-    prefix: str = "--",
-    option: str = "levels",
+    words: Words = OPTIONS,
     spare: int = 1,
 ) -> Columns:
     """Cells as numbers.
@@ -180,7 +191,7 @@ def columns_of(
     Args:
         cells: text by column. row: number of each row, for messages. where: the file, for messages.
         levels: columns of text that become one column of 0 and 1 a value.
-        prefix: of the options that a message names. option: the one that asks for levels.
+        words: what a message calls the options.
         spare: of the values of a column of levels, the first in the alphabet so many have no column of their own: 1
             where all others at 0 say it, 0 where which one that is must not hang on all rows together.
 
@@ -195,7 +206,7 @@ def columns_of(
     for column, raw in cells.items():
         if column in levels:
             raw = known(raw)
-            _require_few(raw, column, f"{where}: {prefix}{option} {column}")
+            _require_few(raw, column, f"{where}: {words.levels} {column}")
             for value in raw.drop_nulls().unique().sort().to_list()[spare:]:
                 features.append(f"{column}={value}")
                 columns.append((raw == value).cast(pl.Float64).fill_null(float("nan")).to_numpy())
@@ -211,16 +222,15 @@ def columns_of(
     text = [column for column, is_one in zip(plain, is_text, strict=True) if is_one]
     if text:
         what = listed([quoted(column) for column in text])
-        leave_out = f"{prefix}{'leave-out' if prefix == '--' else 'leave_out'}"
         raise UserError(
-            f"{where}: text where numbers belong in {counted(len(text), 'column')}: {what}; {leave_out} {text[0]} "
-            f"drops it, {prefix}levels makes a column of each value where they are few"
+            f"{where}: text where numbers belong in {counted(len(text), 'column')}: {what}; "
+            f"{words.leave_out} {text[0]} drops it, {words.levels} makes a column of each value where they are few"
         )
     return Columns(tuple(features), np.stack(columns, axis=1) if columns else np.zeros((len(row), 0)))
 
 
 def identified(
-    path: Path, key: str = "", *, by_path: bool = False, prefix: str = "--"
+    path: Path, key: str = "", *, by_path: bool = False, words: Words = OPTIONS
 ) -> tuple[table_files.Cells, str, pl.Series]:
     """A file's cells, the column that says whose each row is ("" where it is the row's number), and what it says.
 
@@ -235,7 +245,7 @@ def identified(
     cells = table_files.read(path)
     images = [column for column in cells.columns if by_path and means(column, "path")]
     numbered = key == ROW and ROW not in cells.columns
-    column = "" if numbered else images[0] if images else _id_column(list(cells.columns), key, path, prefix)
+    column = "" if numbered else images[0] if images else _id_column(list(cells.columns), key, path, words)
     ids = cells.row.cast(pl.String) if numbered else cells.columns[column]
     blank = cells.row.filter(ids.is_null()).to_list()
     if blank:
@@ -295,7 +305,7 @@ def _outcome(raw: pl.Series, column: str, path: Path) -> Float64[np.ndarray, " n
     return numbers
 
 
-def _id_column(columns: list[str], key: str, path: Path, prefix: str) -> str:
+def _id_column(columns: list[str], key: str, path: Path, words: Words) -> str:
     if key:
         if key not in columns:
             raise UserError(f"--key {key} is no column of {path}{suggestion(key, columns)}")
@@ -303,8 +313,7 @@ def _id_column(columns: list[str], key: str, path: Path, prefix: str) -> str:
     found = [column for column in columns if means(column, "patient_id") or column.casefold() in {"id", ""}]
     if len(found) != 1:
         what = f"{len(found)} columns that could be patient ids" if found else "no column of patient ids"
-        mend = "--key COLUMN names it" if prefix == "--" else 'call it "patient_id", or "path" where rows are of images'
-        raise UserError(f"{path} has {what}; {mend}; columns: {listed([quoted(c) for c in columns], 8)}")
+        raise UserError(f"{path} has {what}; {words.key}; columns: {listed([quoted(c) for c in columns], 8)}")
     return found[0]
 
 

@@ -208,14 +208,12 @@ def prepare(arm: Arm, seed: int, dataset: Dataset, folder: Path, device: str, be
 def _aligned(arm: Arm, dataset: Dataset) -> Embeddings:
     """Foreign embeddings in the order of the data set's rows, joined by what the images hold."""
     found = Embeddings.read(Path(arm.embeddings))
-    order = np.argsort(found.row_id, kind="stable")
-    place = np.minimum(np.searchsorted(found.row_id[order], dataset.row_id), max(len(order) - 1, 0))
-    there = found.row_id[order][place] == dataset.row_id if len(order) else np.zeros(len(dataset), dtype=bool)
+    rows_of = found.places(dataset.row_id)
+    there = rows_of >= 0
     if not there.all():
         rows = ", ".join(f"{row:,}" for row in dataset.manifest_row[~there][:5])
         lacks = f"{int((~there).sum()):,} of {len(dataset):,} images (rows {rows})"
         raise UserError(f"methods.{arm.name}: {arm.embeddings} lacks {lacks}; kladi embed on this manifest writes all")
-    rows_of = order[place]
     return describe(dataset, found.features[rows_of], None if found.z is None else found.z[rows_of])
 
 

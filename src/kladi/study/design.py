@@ -76,15 +76,8 @@ Control = Literal[
 ]
 Compat = Literal["", "paper", "released"]
 NOT_PRETRAINED = "none"
-PATHS = (
-    "data.taxonomy",
-    "data.synonyms",
-    "data.metadata_trees",
-    "data.tables",
-    "data.key",
-    "data.store",
-    "init.weights",
-)
+FILES = ("taxonomy", "synonyms", "metadata_trees", "tables", "key", "store")
+PATHS = ("init.weights", *(f"data.{name}" for name in FILES))
 """Settings that name a file; in a study they are relative to its file."""
 _NAME = re.compile(r"\w[\w +.-]{0,59}")
 OF_THE_STUDY = ("data", "intensity", "evaluate")

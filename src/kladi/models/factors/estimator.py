@@ -113,7 +113,9 @@ class HierarchicalFactorModel(TransformerMixin, BaseEstimator):
         self.lattice_, self.means_ = lattice, means
         self.weights_ = found.weights
         self.noise_ = [found.noise[place] for place in places(covariance.sizes)]
-        self.noise_variance_ = float(found.noise[0]) if self.noise == "global" else _by_modality(self.noise_)
+        self.noise_variance_ = (
+            float(found.noise[0]) if self.noise == "global" else np.array([own.mean() for own in self.noise_])
+        )
         self.converged_, self.n_iter_ = found.converged, found.steps
         parts = unstacked(found.weights, covariance.sizes, lattice)
         self.loadings_ = {s: {m: parts[s, m] for m in s} for s in lattice.structures}
@@ -200,10 +202,6 @@ def _noise(word: str) -> Noise:
     if word == "global" or word == "per_modality" or word == "per_feature":
         return word
     raise ValueError(f'noise = "{word}"; it takes "global", "per_modality" or "per_feature"')
-
-
-def _by_modality(noise: list[np.ndarray]) -> Float64[np.ndarray, " M"]:
-    return np.array([part.mean() for part in noise])
 
 
 def _small(rows: Rows, *, complete: bool) -> Covariance:

@@ -52,7 +52,8 @@ def likeliest(
         least: below which no noise falls.
         groups: features of one number share one noise, the mean of their starts; None: the noise stays as it is.
     """
-    unit = np.sqrt(noise)[:, None]  # loadings in units of their noise: one step then suits all features
+    # Loadings in units of their noise: one step then suits all features.
+    unit = np.broadcast_to(np.sqrt(noise)[:, None], free.shape)[free]
     entries = int(free.sum())
     own = np.zeros(len(noise), dtype=np.int64) if groups is None else groups
     count = np.bincount(own)
@@ -62,7 +63,7 @@ def likeliest(
 
     def unpacked(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         w = np.zeros_like(start)
-        w[free] = (unit * _filled(x[:entries], free))[free]
+        w[free] = unit * x[:entries]
         return w, noise if groups is None else np.exp(x[entries:])[own]
 
     def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
@@ -74,14 +75,14 @@ def likeliest(
         ub = u @ b
         value = np.log(psi).sum() + np.linalg.slogdet(a)[1] + (diagonal / psi).sum() - (b * c).sum()
         sub, ubcb = (su @ b) / psi[:, None], ub @ c @ b
-        slope = (unit * (ub - sub + ubcb))[free]
+        slope = unit * (ub - sub + ubcb)[free]
         if groups is not None:
             inverse = 1 / psi - (ub * u).sum(axis=1)
             seen = diagonal / psi**2 - 2 * (sub * u).sum(axis=1) + (ubcb * u).sum(axis=1)
             slope = np.concatenate([slope, np.bincount(own, 0.5 * (inverse - seen) * psi)])
         return 0.5 * float(value) / len(psi), slope / len(psi)
 
-    x = (start / unit)[free]
+    x = start[free] / unit
     bounds: list[tuple[float | None, float | None]] = [(None, None)] * entries
     if groups is not None:
         logarithm = np.log(np.maximum(np.bincount(own, noise) / count, floor))
@@ -92,9 +93,3 @@ def likeliest(
     found = minimize(objective, x, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
     w, psi = unpacked(found.x)
     return Likeliest(w, psi, int(found.nit), bool(found.success))
-
-
-def _filled(values: np.ndarray, free: Bool[np.ndarray, "d R"]) -> Float64[np.ndarray, "d R"]:
-    out = np.zeros(free.shape)
-    out[free] = values
-    return out
