@@ -168,7 +168,7 @@ def test_the_command_finds_the_lattice_and_writes_no_id(ward, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["factors", *map(str, paths), "--out", str(out), "--resamples", "4"]) == 0
     said = capsys.readouterr()
-    assert re.search(r"rna\+protein\+clinic +2 factors explain rna \d+%, protein \d+%, clinic \d+%", said.out)
+    assert re.search(r"rna\+protein\+clinic +2 factors: rna \d+%, protein \d+%, clinic \d+%", said.out)
     content = json.loads((out / "factors.json").read_text())
     assert {s["structure"]: s["rank"] for s in content["structures"]} == dict(
         zip(lattice.names, lattice.ranks, strict=True)

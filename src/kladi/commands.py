@@ -217,7 +217,7 @@ def factors(
     import json
 
     from kladi.data import patient_tables
-    from kladi.data.findings import line
+    from kladi.data.findings import counted, line
     from kladi.evaluate.factors import analyse
     from kladi.report import page
 
@@ -240,7 +240,7 @@ def factors(
     content = json.loads(file.read_text(encoding="utf-8"))
     for structure in content["structures"]:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in structure["explained"].items())
-        _line("+".join(structure["tables"]), f"{structure['rank']:>2} factors explain {shares}", width=26)
+        _line("+".join(structure["tables"]), f"{counted(structure['rank'], 'factor')}: {shares}", width=26)
     if content["outcome"]:
         found = content["outcome"]
         share, spread = found["explained"]["mean"], found["explained"]["sd"]
