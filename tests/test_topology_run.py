@@ -74,6 +74,48 @@ def test_the_diagram_is_that_of_the_view_in_the_range_of_the_original():
             np.testing.assert_array_equal(view.diagram.mask[i], mask)
 
 
+def kept_data(folder):
+    """A data set whose diagrams have a place."""
+    data = tiny.data()
+    return dataclasses.replace(data, store=dataclasses.replace(data.store, folder=folder / "store"))
+
+
+def test_diagrams_are_made_once_and_read_by_every_run(tmp_path, monkeypatch):
+    data, rows = kept_data(tmp_path), np.array([4, 1, 9])
+    bare = pair(tiny.data(), topology__draws=2).views(rows, 5, CPU)
+    pair(data, topology__draws=2).views(rows, 1, CPU)
+    pair(data, topology__draws=2).views(rows, 0, CPU)
+    (file,) = tmp_path.iterdir()
+    seen = []
+    monkeypatch.setattr(bounded_pair, "diagram", lambda v: seen.append(v) or diagram(v))
+    for given in ("own", "another"):
+        later = pair(data, topology__draws=2, topology__diagrams=given)
+        of = rows if given == "own" else np.argsort(partners(data.split, data.group, data.row_id))[rows]
+        for view, plain in zip(later.views(of, 5, CPU), bare, strict=True):
+            assert torch.equal(view.diagram.points, plain.diagram.points)
+            assert torch.equal(view.image, plain.image) == (given == "own")
+    assert not seen
+    for change in ({"topology__draws": 3}, {"train__seed": 1}, {"topology__region": "foreground"}):
+        pair(data, **{"topology__draws": 2, **change}).views(rows, 5, CPU)
+    assert len(seen) == 3 * 6
+    assert len(list(tmp_path.iterdir())) == 4
+    assert file in tmp_path.iterdir()
+
+
+def test_each_weak_view_meets_each_strong_one_and_is_turned_afresh():
+    one = pair(tiny.data(), topology__draws=3, augment__flip_horizontal=0.5)
+    drawn = [(one._draw(epoch, 0), one._draw(epoch, 1)) for epoch in range(9)]
+    assert sorted(drawn) == [(a, b) for a in range(3) for b in range(3)]
+    rows = np.arange(12)
+    first, other = (one.views(rows, epoch, CPU)[0] for epoch in (0, 3))
+    assert torch.equal(first.diagram.points, other.diagram.points)
+    same = [torch.equal(a, b) for a, b in zip(first.image, other.image, strict=True)]
+    mirrored = [torch.equal(a.flip(2), b) for a, b in zip(first.image, other.image, strict=True)]
+    assert all(a or b for a, b in zip(same, mirrored, strict=True))
+    assert any(same)
+    assert any(mirrored)
+
+
 def test_without_tokens_views_have_no_diagram():
     (weak, strong) = pair(tiny.data(), tokens=None).views(np.arange(3), 0, CPU)
     assert weak.diagram is None

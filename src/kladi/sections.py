@@ -225,6 +225,8 @@ class Topology:
     """Where a diagram is made: everywhere, in the thing in front of its ground, or inside the file in column mask."""
     calibration: int = 128
     """Training images that the strengths of the bounded views are measured on, one a patient."""
+    draws: int = 8
+    """Weak and strong views of each image; flips and turns come on top. Their diagrams are made once and kept."""
 
 
 @dataclass(frozen=True)
@@ -278,6 +280,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.nodes": (1, 4096),
     "topology.side": (0, 8192),
     "topology.calibration": (1, 10**6),
+    "topology.draws": (1, 10**6),
     "evaluate.folds": (3, 100),
     "evaluate.repeats": (1, 1000),
     "evaluate.bootstrap": (0, 10**6),

@@ -181,7 +181,7 @@ def _in_memory(squares: UInt8[np.ndarray, "n C S S"]) -> ArrayStore:
         pixel_digest=row_id,
         source=np.arange(n),
         digest=hashlib.sha256(squares.tobytes()).hexdigest(),
-        folder=Path(),
+        folder=Path("in memory") / "store",  # nothing can be kept beside it
     )
 
 

@@ -3,6 +3,9 @@
 A view is one operation of `bounded`, drawn among those that calibration found usable, at a strength drawn from its
 range, then one of the flips and turns that `augment` allows; these change no diagram. Diagrams are those of the pixels
 that the encoder sees, normalised by the range of the unchanged image.
+
+Each image has `topology.draws` weak and as many strong views, turned afresh in every epoch: their diagrams are made
+once.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from kladi.data.dataset import TRAIN, Dataset
 from kladi.data.views import bounded, philox
 from kladi.data.views.batch import Diagrams, View
 from kladi.data.views.calibration import GRID, Original, Range, Reach, Strengths, calibrate, require_enough
+from kladi.data.views.kept_diagrams import KeptDiagrams
 from kladi.data.views.partners import partners
 from kladi.data.views.region import Looks, Region
 from kladi.data.views.whole import masks, pictures
@@ -58,26 +62,21 @@ class BoundedPair:
         self.dataset, self.config, self.strengths, self.side, self.tokens = dataset, config, strengths, side, tokens
         self._unit = np.full(len(dataset), np.nan)  # of each row once it was met: what a strength of 1 is
         self._low, self._high = np.zeros(len(dataset)), np.zeros(len(dataset))
+        self._mark = np.zeros(len(dataset), dtype=np.uint32)
         self._regions: dict[int, Region | None] = {}
+        self._kept = None if tokens is None else KeptDiagrams(self._file(tokens), len(dataset), *tokens)
         self._partner: Int64[np.ndarray, " n"] | None = None
         if config.topology.diagrams == "another":
             self._partner = partners(dataset.split, dataset.group, dataset.row_id)
 
     def views(self, rows: Int[np.ndarray, " b"], epoch: int, device: torch.device) -> tuple[View, ...]:
         """The weak view and the strong one."""
-        seen = self._seen(rows, epoch)
-        if self.tokens is None:
-            diagrams: list[Diagrams | None] = [None] * len(seen)
-        elif self.config.topology.diagrams == "none":
-            diagrams = [Diagrams.of([Diagram.empty()] * len(rows), *self.tokens)] * len(seen)
-        else:
-            of = rows if self._partner is None else self._partner[rows]
-            shown = seen if self._partner is None else self._seen(of, epoch)
-            looks = self._looks(of)
-            diagrams = [Diagrams.of([diagram(v) for v in looks.v(x)], *self.tokens) for x in shown]
+        x = self._met(rows)
         views = []
-        for number, (x, found) in enumerate(zip(seen, diagrams, strict=True)):
-            turned = bounded.turned(x, self._turns(self._draws(rows, epoch, number)))
+        for number in range(len(BANDS)):
+            seen = self._changed(x, rows, epoch, number)
+            found = self._diagrams(seen, rows, epoch, number)
+            turned = bounded.turned(seen, self._turns(self._uniform(rows, epoch, number)))
             views.append(View(_normalised(turned, self.config.intensity), found).to(device))
         return tuple(views)
 
@@ -92,44 +91,64 @@ class BoundedPair:
         few = f"; {self.strengths.skipped} images had next to no topology" if self.strengths.skipped else ""
         return f"{points}; {ways}{few}"
 
-    def _seen(self, rows: Int[np.ndarray, " b"], epoch: int) -> list[Float32[Tensor, "b C S S"]]:
-        """The images of both views before they are turned, which changes no diagram."""
+    def _met(self, rows: Int[np.ndarray, " b"]) -> Float32[Tensor, "b C S S"]:
+        """The unchanged images, each looked at when it is first met."""
         x = pictures(self.dataset, rows, self.config.intensity)
-        self._meet(rows, x)
-        return [self._changed(x, band, rows, epoch, number) for number, band in enumerate(BANDS)]
-
-    def _meet(self, rows: Int[np.ndarray, " b"], x: Float32[Tensor, "b C S S"]) -> None:
-        """Look once at each unchanged image."""
         new = np.flatnonzero(np.isnan(self._unit[rows]))
         if len(new):
             some, index = x[torch.from_numpy(new)], rows[new]
             looks = Looks.of(some, self.side, masks(self.dataset, index, some, self.config.topology.region))
-            self._low[index], self._high[index] = looks.low, looks.high
+            self._low[index], self._high[index], self._mark[index] = looks.low, looks.high, looks.marks
             self._regions |= dict(zip(index.tolist(), looks.regions, strict=True))
             self._unit[index] = Original.of(some, self.dataset.row_id[index], looks).unit  # last: it says who was met
+        return x
+
+    def _diagrams(self, seen: Tensor, rows: Int[np.ndarray, " b"], epoch: int, number: int) -> Diagrams | None:
+        """Of one view before it is turned; those of the partners' views where these are given."""
+        if self._kept is None or self.tokens is None:
+            return None
+        if self.config.topology.diagrams == "none":
+            return Diagrams.of([Diagram.empty()] * len(rows), *self.tokens)
+        of = rows if self._partner is None else self._partner[rows]
+        if self._partner is not None:
+            self._met(of[np.isnan(self._unit[of])])
+
+        def make(absent: Int64[np.ndarray, " m"]) -> list[Diagram]:
+            some = of[absent]
+            other = self._partner is not None
+            x = self._changed(self._met(some), some, epoch, number) if other else seen[torch.from_numpy(absent)]
+            return [diagram(v) for v in self._looks(some).v(x)]
+
+        draw = number * self.config.topology.draws + self._draw(epoch, number)
+        return self._kept(draw, of, self._mark[of], make)
+
+    def _draw(self, epoch: int, number: int) -> int:
+        """Which of its draws a view shows in an epoch: each in turn, and in time each weak one with each strong one."""
+        draws = self.config.topology.draws
+        return (epoch + number * (epoch // draws)) % draws
 
     def _looks(self, rows: Int[np.ndarray, " b"]) -> Looks:
         """Of rows that were met."""
         return Looks(self.side, self._low[rows], self._high[rows], tuple(self._regions[row] for row in rows.tolist()))
 
-    def _draws(self, rows: Int[np.ndarray, " b"], epoch: int, number: int) -> Float64[np.ndarray, "draws b"]:
+    def _uniform(self, rows: Int[np.ndarray, " b"], epoch: int, number: int) -> Float64[np.ndarray, "draws b"]:
         row_id = self.dataset.row_id[rows]
         return philox.uniform(self.config.train.seed, STREAM, row_id, epoch, number, np.arange(TURN + 1)).T
 
-    def _changed(
-        self, x: Tensor, band: str, rows: Int[np.ndarray, " b"], epoch: int, number: int
-    ) -> Float32[Tensor, "b C S S"]:
-        row_id, ranges, u = self.dataset.row_id[rows], self.strengths.ranges[band], self._draws(rows, epoch, number)
-        names = sorted(ranges)
+    def _changed(self, x: Tensor, rows: Int[np.ndarray, " b"], epoch: int, number: int) -> Float32[Tensor, "b C S S"]:
+        """View number `number` of unchanged images, before it is turned."""
+        row_id, ranges = self.dataset.row_id[rows], self.strengths.ranges[list(BANDS)[number]]
+        draw = self._draw(epoch, number)
+        u, names = self._uniform(rows, draw, number), sorted(ranges)
         pick = np.floor(u[OPERATION] * len(names)).astype(int)
         out = torch.empty_like(x)
         for k, name in enumerate(names):
             some = np.flatnonzero(pick == k)
             if len(some):
                 strength = ranges[name].low + (ranges[name].high - ranges[name].low) * u[STRENGTH][some]
-                draw = bounded.Draw(u[UP][some] < 0.5, row_id[some], self.config.train.seed, epoch, number)
+                drawn = bounded.Draw(u[UP][some] < 0.5, row_id[some], self.config.train.seed, draw, number)
                 index = torch.from_numpy(some)
-                out[index] = bounded.changed(x[index], name, strength * self._unit[rows[some]], draw)
+                out[index] = bounded.changed(x[index], name, strength * self._unit[rows[some]], drawn)
         return out
 
     def _turns(self, u: Float64[np.ndarray, "draws b"]) -> Int[np.ndarray, " b"]:
@@ -139,6 +158,16 @@ class BoundedPair:
             return np.floor(u[TURN] * bounded.TURNS).astype(np.int64)
         mirror = bounded.TURNS // 2  # left to right; with half a turn, top to bottom
         return np.where(u[ACROSS] < 0.5, mirror * across + (mirror + 2) * down, 0).astype(np.int64)
+
+    def _file(self, tokens: tuple[int, int]) -> Path:
+        """Beside the store; its name says all that a diagram hangs on but for the row's own mark."""
+        ranges = {
+            name: {n: [r.low, r.high] for n, r in sorted(of.items())} for name, of in self.strengths.ranges.items()
+        }
+        said = _key(
+            self.dataset, self.config, self.side, ranges, self.config.topology.draws, tokens, Diagram.construction
+        )
+        return self.dataset.store.folder.parent / f"diagrams-{hashlib.sha256(said.encode()).hexdigest()[:16]}.bin"
 
 
 def strengths_of(
@@ -153,17 +182,7 @@ def strengths_of(
         UserError: too few operations are usable.
     """
     rows = _sample(dataset, config)
-    known = [
-        __version__,
-        GRID,
-        BANDS,
-        sorted(bounded.OPERATIONS),
-        dataset.store.digest,
-        side,
-        config.train.seed,
-        config.topology.region,
-    ]
-    said = json.dumps([*known, dataclasses.asdict(config.intensity)])
+    said = _key(dataset, config, side, GRID, BANDS)
     x = pictures(dataset, rows, config.intensity)
     where = masks(dataset, rows, x, config.topology.region)
     drawn = b"".join(mask.tobytes() for mask in where)
@@ -230,6 +249,12 @@ def _read(file: Path) -> Strengths | None:
     names = {name for some in ranges.values() for name in some}
     good = all(isinstance(r.low, float) and isinstance(r.high, float) and 0 < r.low <= r.high < 10 for r in every)
     return Strengths(ranges, skipped, reaches) if good and names <= bounded.OPERATIONS.keys() else None
+
+
+def _key(dataset: Dataset, config: settings.Config, side: int, *more: object) -> str:
+    """What every look at the topology of these images hangs on, in words."""
+    known = [__version__, dataset.store.digest, side, config.topology.region, config.train.seed]
+    return json.dumps([*known, sorted(bounded.OPERATIONS), dataclasses.asdict(config.intensity), *more])
 
 
 def _sample(dataset: Dataset, config: settings.Config) -> Int[np.ndarray, " m"]:

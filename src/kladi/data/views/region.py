@@ -6,12 +6,13 @@ region at the darkest level: it enters the filtration last, and makes neither co
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float, Float64, UInt32
 from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
@@ -87,6 +88,18 @@ class Looks:
             if inside is not None:
                 v[i][~inside] = 0.0
         return np.clip(v, 0, 1)
+
+    @property
+    def marks(self) -> UInt32[np.ndarray, " b"]:
+        """A checksum of each: equal looks at an image have equal ones."""
+        found = []
+        for low, high, region in zip(self.low, self.high, self.regions, strict=True):
+            said = [np.array([low, high]).tobytes()]
+            said += (
+                [] if region is None else [np.array([*region.box, *region.mask.shape]).tobytes(), region.mask.tobytes()]
+            )
+            found.append(zlib.crc32(b"".join(said)))
+        return np.array(found, dtype=np.uint32)
 
     def some(self, rows: Sequence[int] | np.ndarray) -> Looks:
         """Those of some of the images."""
