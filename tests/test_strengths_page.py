@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from kladi import commands, toy
-from kladi.data.views import bounded_pair
-from kladi.data.views.bounded_pair import written
+from kladi.data.views import kept_strengths
 from kladi.data.views.calibration import QUANTILES, Range, Reach, Strengths
+from kladi.data.views.kept_strengths import written
 from kladi.errors import UserError
 from kladi.report import page, strengths
 from kladi.structure.topology import BANDS
@@ -27,10 +27,10 @@ def test_what_is_written_is_what_was_measured(tmp_path):
     file = tmp_path / "strengths.json"
     file.write_text(written(table()))
     with pytest.raises(UserError, match="missing or damaged"):  # an operation that nobody knows
-        bounded_pair.read_strengths(file)
+        kept_strengths.read_strengths(file)
     known = Strengths({"weak": {"noise": table().ranges["weak"]["noise"]}, "strong": {}}, 3, table().reaches)
     file.write_text(written(known))
-    assert bounded_pair.read_strengths(file) == known
+    assert kept_strengths.read_strengths(file) == known
 
 
 def test_every_operation_has_its_line_and_its_panel():
@@ -60,7 +60,7 @@ def test_the_page_is_private_and_inert(tmp_path):
 
 
 def test_a_plan_with_topology_writes_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bounded_pair, "strengths_of", lambda *_: table())
+    monkeypatch.setattr(kept_strengths, "strengths_of", lambda *_: table())
     manifest = toy.write(tmp_path / "toy", n=24, size=16)
     given = {"topology.on": "true", "intensity.size": "16", "data.store": str(tmp_path / "store")}
     commands.plan(manifest, tmp_path / "plan.toml", None, given, smoke=False)

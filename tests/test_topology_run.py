@@ -13,9 +13,10 @@ import tiny
 from kladi import commands, toy
 from kladi.data.embeddings import Embeddings
 from kladi.data.load import load
-from kladi.data.views import bounded_pair, region
-from kladi.data.views.bounded_pair import BoundedPair, strengths_of
+from kladi.data.views import bounded_pair, kept_strengths, region
+from kladi.data.views.bounded_pair import BoundedPair
 from kladi.data.views.calibration import Range, Strengths
+from kladi.data.views.kept_strengths import strengths_of
 from kladi.data.views.partners import partners
 from kladi.data.views.region import Looks
 from kladi.data.views.whole import pictures
@@ -181,7 +182,7 @@ def test_strengths_are_measured_once_and_kept(tmp_path, monkeypatch):
     data = dataclasses.replace(data, store=dataclasses.replace(data.store, folder=tmp_path / "store" / "x"))
     (tmp_path / "store").mkdir()
     config = tiny.settings(**ON, topology__calibration=6, intensity__size=24)
-    monkeypatch.setattr(bounded_pair, "require_enough", lambda found: None)
+    monkeypatch.setattr(kept_strengths, "require_enough", lambda found: None)
     said = []
     first = strengths_of(data, config, 24, lambda *words: said.append(words))
     assert said == [("topology", "measuring how far 8 operations move 6 diagrams, once")]
@@ -189,19 +190,19 @@ def test_strengths_are_measured_once_and_kept(tmp_path, monkeypatch):
     assert file.stat().st_mode & 0o777 == 0o600
     assert list((tmp_path / "store").iterdir()) == [file]
     whole = file.read_text()
-    monkeypatch.setattr(bounded_pair, "calibrate", lambda *given: first)  # no third time
+    monkeypatch.setattr(kept_strengths, "calibrate", lambda *given: first)  # no third time
     for damaged in ("", whole[:40], '{"ranges": {}, "skipped": 0}', whole.replace('"low": 0', '"low": "x"'), "[]"):
         file.write_text(damaged)
-        assert bounded_pair._read(file) is None
+        assert kept_strengths._read(file) is None
         assert strengths_of(data, config, 24) == first
         assert file.read_text() == whole
-    monkeypatch.setattr(bounded_pair, "calibrate", None)
+    monkeypatch.setattr(kept_strengths, "calibrate", None)
     second = strengths_of(data, config, 24)
     assert first.ranges == second.ranges
     assert first.skipped == second.skipped
     file.unlink()
     file.mkdir()  # stands for a folder that cannot be written
-    monkeypatch.setattr(bounded_pair, "calibrate", lambda *given: first)
+    monkeypatch.setattr(kept_strengths, "calibrate", lambda *given: first)
     said.clear()
     assert strengths_of(data, config, 24, lambda *words: said.append(words)) == first
     assert "cannot be kept" in said[-1][1]

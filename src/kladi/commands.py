@@ -100,7 +100,7 @@ def _strengths(data: Path, config: settings.Config, out: Path) -> None:
     import json
 
     from kladi.data import load
-    from kladi.data.views.bounded_pair import strengths_of, written
+    from kladi.data.views.kept_strengths import strengths_of, written
     from kladi.models.fused import side_of
     from kladi.report import page, strengths
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,7 +182,7 @@ def _in_memory(squares: UInt8[np.ndarray, "n C S S"]) -> ArrayStore:
         pixel_digest=row_id,
         source=np.arange(n),
         digest=hashlib.sha256(squares.tobytes()).hexdigest(),
-        folder=Path("in memory") / "store",  # nothing can be kept beside it
+        folder=Path(os.devnull) / "store",  # nothing can be kept beside it
     )
 
 

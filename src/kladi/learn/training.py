@@ -21,7 +21,8 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from kladi import config as settings
 from kladi.data.dataset import Dataset
-from kladi.data.views.bounded_pair import BoundedPair, read_strengths, strengths_of, written
+from kladi.data.views.bounded_pair import BoundedPair
+from kladi.data.views.kept_strengths import read_strengths, strengths_of, written
 from kladi.data.views.loader import Loader
 from kladi.errors import UserError, suggestion
 from kladi.learn import checkpoint, monitors, objectives, presets, ranks, run_folder, state

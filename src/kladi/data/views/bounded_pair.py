@@ -10,11 +10,7 @@ once.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,17 +18,16 @@ import torch
 from jaxtyping import Float32, Float64, Int, Int64
 from torch import Tensor
 
-from kladi import __version__
 from kladi import config as settings
-from kladi.data.dataset import TRAIN, Dataset
+from kladi.data.dataset import Dataset
 from kladi.data.views import bounded, philox
 from kladi.data.views.batch import Diagrams, View
-from kladi.data.views.calibration import GRID, Original, Range, Reach, Strengths, calibrate, require_enough
+from kladi.data.views.calibration import Original, Strengths
 from kladi.data.views.kept_diagrams import KeptDiagrams
+from kladi.data.views.kept_strengths import looked_at
 from kladi.data.views.partners import partners
 from kladi.data.views.region import Looks, Region
 from kladi.data.views.whole import masks, pictures
-from kladi.errors import UserError
 from kladi.structure.topology import BANDS, Diagram, diagram
 
 STREAM = "bounded"
@@ -164,105 +159,9 @@ class BoundedPair:
         ranges = {
             name: {n: [r.low, r.high] for n, r in sorted(of.items())} for name, of in self.strengths.ranges.items()
         }
-        said = _key(
-            self.dataset, self.config, self.side, ranges, self.config.topology.draws, tokens, Diagram.construction
-        )
+        drawn = ranges, self.config.topology.draws, tokens, Diagram.construction
+        said = looked_at(self.dataset, self.config, self.side, *drawn)
         return self.dataset.store.folder.parent / f"diagrams-{hashlib.sha256(said.encode()).hexdigest()[:16]}.bin"
-
-
-def strengths_of(
-    dataset: Dataset, config: settings.Config, side: int, say: Callable[[str, str], None] | None = None
-) -> Strengths:
-    """The calibrated strengths for this data set and these settings; kept beside the store, measured once.
-
-    Args:
-        say: told where they are measured, which takes a minute or two.
-
-    Raises:
-        UserError: too few operations are usable.
-    """
-    rows = _sample(dataset, config)
-    said = _key(dataset, config, side, GRID, BANDS)
-    x = pictures(dataset, rows, config.intensity)
-    where = masks(dataset, rows, x, config.topology.region)
-    drawn = b"".join(mask.tobytes() for mask in where)
-    key = hashlib.sha256(said.encode() + dataset.row_id[rows].tobytes() + drawn).hexdigest()[:16]
-    file = dataset.store.folder.parent / f"strengths-{key}.json"
-    found = _read(file)
-    if found is None:
-        if say is not None:
-            say("topology", f"measuring how far {len(bounded.OPERATIONS)} operations move {len(rows)} diagrams, once")
-        looks = Looks.of(x, side, where)
-        found = calibrate(x, dataset.row_id[rows], looks, config.train.seed)
-        kept = _kept(file, written(found))
-        if not kept and say is not None:
-            say("notice", f"{file.name} cannot be kept beside the decoded images; the next run measures again")
-    require_enough(found)
-    return found
-
-
-def written(strengths: Strengths) -> str:
-    """The table as JSON."""
-    ranges = {band: {n: dataclasses.asdict(r) for n, r in some.items()} for band, some in strengths.ranges.items()}
-    reaches = {name: [dataclasses.asdict(one) for one in some] for name, some in strengths.reaches.items()}
-    return json.dumps({"ranges": ranges, "skipped": strengths.skipped, "reaches": reaches}, indent=1) + "\n"
-
-
-def read_strengths(file: Path) -> Strengths:
-    """The table that a run has kept.
-
-    Raises:
-        UserError: it is not there, or damaged.
-    """
-    found = _read(file)
-    if found is None:
-        raise UserError(f"{file}: missing or damaged; start anew in another folder")
-    return found
-
-
-def _kept(file: Path, text: str) -> bool:
-    """Write it whole or not at all: other runs share the folder."""
-    try:
-        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".tmp-") as folder:  # goes whatever happens
-            part = Path(folder) / file.name
-            part.touch(mode=0o600)
-            part.write_text(text, encoding="utf-8")
-            part.replace(file)
-    except OSError:
-        return False
-    return True
-
-
-def _read(file: Path) -> Strengths | None:
-    """What was measured before; None where it is not there, or is no such table."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        ranges = {band: {n: Range(**r) for n, r in content["ranges"][band].items()} for band in BANDS}
-        skipped = int(content["skipped"])
-        reaches = {
-            name: tuple(Reach(float(one["strength"]), tuple(map(float, one["quantiles"]))) for one in some)
-            for name, some in content["reaches"].items()
-        }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None
-    every = [r for some in ranges.values() for r in some.values()]
-    names = {name for some in ranges.values() for name in some}
-    good = all(isinstance(r.low, float) and isinstance(r.high, float) and 0 < r.low <= r.high < 10 for r in every)
-    return Strengths(ranges, skipped, reaches) if good and names <= bounded.OPERATIONS.keys() else None
-
-
-def _key(dataset: Dataset, config: settings.Config, side: int, *more: object) -> str:
-    """What every look at the topology of these images hangs on, in words."""
-    known = [__version__, dataset.store.digest, side, config.topology.region, config.train.seed]
-    return json.dumps([*known, sorted(bounded.OPERATIONS), dataclasses.asdict(config.intensity), *more])
-
-
-def _sample(dataset: Dataset, config: settings.Config) -> Int[np.ndarray, " m"]:
-    """Training rows, one a patient, by lot."""
-    rows = np.flatnonzero(dataset.split == TRAIN)
-    order = rows[philox.epoch_order(config.train.seed, 0, dataset.row_id[rows])]
-    _, first = np.unique(dataset.group[order], return_index=True)
-    return order[np.sort(first)][: config.topology.calibration]
 
 
 def _normalised(x: Float32[Tensor, "b C S S"], intensity: settings.Intensity) -> Float32[Tensor, "b C S S"]:
