@@ -310,3 +310,10 @@ def test_mistakes_after_the_fit_are_named(drawn, model):
     ):
         with pytest.raises(ValueError, match=said):
             call()
+
+
+def test_few_patients_have_few_factors():
+    """Thirty strong factors among 60 patients cannot be told from their own noise."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 30)) @ rng.normal(size=(30, 200)) + 0.1 * rng.normal(size=(60, 200))
+    assert 1 <= ranks.factors(x, rng)[0] <= 60 / ranks.ROWS_A_FACTOR

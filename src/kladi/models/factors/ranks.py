@@ -30,6 +30,8 @@ FLIPS, DEVIATIONS = 20, 3.5
 ROUNDS, STEPS, LEAST_NOISE = 5, 200, 1e-4
 """Of the search for the noise: rounds, steps in each, and the least share of a column's variance that is noise."""
 SPARE_SCORES = 3
+ROWS_A_FACTOR = 10
+"""More factors than one for so many patients are not told: of 92 patients 40 would be, each of them its own noise."""
 LEVEL = 1e-3
 """Of each test of a canonical correlation."""
 MOST_ROWS = 20_000
@@ -118,8 +120,8 @@ def _standing_out(x: np.ndarray, rng: np.random.Generator) -> tuple[int, np.ndar
         return 0, np.zeros((len(x), 0)), np.zeros(0), np.zeros((0, x.shape[1]))
     left, values, right = np.linalg.svd(x, full_matrices=False)
     # More factors than this leave noise and factors of d columns no difference (Ledermann's bound).
-    d = x.shape[1]
-    most = min(len(x) - 1, int(np.floor((2 * d + 1 - np.sqrt(8 * d + 1)) / 2)))
+    n, d = x.shape
+    most = min(n - 1, -(-n // ROWS_A_FACTOR), int(np.floor((2 * d + 1 - np.sqrt(8 * d + 1)) / 2)))
     rank = 0
     while rank < most:
         rest = _noise(x, left, values, right, rank)
