@@ -4,6 +4,7 @@ The model of the fast tests is timm's `test_efficientnet` (99,000 parameters, 25
 normalisation.
 """
 
+import ast
 import json
 import struct
 
@@ -255,6 +256,19 @@ def test_a_run_opens_with_timm_alone(tmp_path, name):  # X3
     alone = timm.create_model(f"local-dir:{run}", pretrained=True).eval()
     x = torch.randn(2, 1, 32, 32)
     assert torch.equal(alone(x), encoder(x))
+
+
+@pytest.mark.parametrize(("name", "args"), [("resnet18", {"channels": [8, 8, 16, 16]}), ("test_vit", {}), (NAME, {})])
+def test_the_line_that_opens_a_run_with_timm_is_true(tmp_path, name, args):
+    encoder = backbones.build(config.Encoder(name, args=args), intensity())
+    run = exported(tmp_path / "run", encoder)
+    line = backbones.in_timm(encoder.architecture, encoder.intensity, f"{run}/model.safetensors")
+    call = ast.parse(line, mode="eval").body
+    assert ast.unparse(call.func) == "timm.create_model"
+    given = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+    alone = timm.create_model(ast.literal_eval(call.args[0]), **given).eval()
+    x = torch.randn(2, 1, 32, 32)
+    assert torch.equal(alone(x), encoder(x.contiguous()))
 
 
 def test_the_description_says_how_images_are_prepared(tmp_path):

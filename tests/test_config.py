@@ -26,6 +26,16 @@ def test_toml_round_trip(tmp_path):
     assert config.from_dict(config.to_dict(changed)) == changed
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("8,16", [8, 16]), ("[8, 16]", [8, 16]), ("0.5", 0.5), ("a,b", "a,b"), ("1,b", "1,b"), ("true", True), (",", ",")],
+)
+def test_arguments_are_read_as_what_they_look_like(text, value):
+    found = config.override(config.Config(), {"encoder.args.x": text}).encoder.args["x"]
+    assert found == value
+    assert type(found) is type(value)
+
+
 def test_every_default_has_its_own_type():
     """A default that its own key would refuse could not be written to a file and read back."""
     default = config.Config()

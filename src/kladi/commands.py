@@ -139,8 +139,9 @@ def pretrain(data: Path, config: settings.Config, out: Path, *, resume: bool, fo
     fit(dataset, config, out, resume=resume, force_unlock=force_unlock, notes=summary.notes(inspection))
     _line("wrote", f"{out}/model.safetensors, metrics.jsonl")
     if config.topology.sees != "diagram":
-        call = f'timm.create_model("{config.encoder.name}", num_classes=0, in_chans={config.intensity.channels}, '
-        _line("in timm", f'{call}checkpoint_path="{out}/model.safetensors")')
+        from kladi.models import backbones
+
+        _line("in timm", backbones.in_timm(config.encoder, config.intensity, f"{out}/model.safetensors"))
     _line("next", f"kladi evaluate {out} {data} --out {out}/eval")
     return 0
 

@@ -7,6 +7,7 @@ function of that name and checked against its signature there, so adding a loss 
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -212,13 +213,13 @@ def _check_range(key: str, value: Any, prefix: str, ranges: Ranges = RANGES) -> 
 
 
 def _scalar(value: Any) -> Any:
-    """Text of the command line as the TOML value it looks like; what looks like none stays text."""
+    """Text of the command line as the TOML value it looks like, `1,2` as a list; what looks like none stays text."""
     if not isinstance(value, str):
         return value
-    try:
-        return tomllib.loads(f"v = {value}")["v"]
-    except tomllib.TOMLDecodeError:
-        return value
+    for text in (value, f"[{value}]") if "," in value else (value,):
+        with contextlib.suppress(tomllib.TOMLDecodeError):
+            return tomllib.loads(f"v = {text}")["v"]
+    return value
 
 
 def _coerced(value: Any, kind: Any, what: str) -> Any:

@@ -259,6 +259,13 @@ def describe(encoder: Encoder, facts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def in_timm(encoder: settings.Encoder, intensity: settings.Intensity, weights: str) -> str:
+    """The line of Python that opens these weights without kladi, with all that the architecture was told."""
+    said = {"num_classes": 0, "in_chans": intensity.channels, **_size_argument(encoder, intensity), **encoder.args}
+    named = "".join(f"{name}={value!r}, " for name, value in said.items())
+    return f'timm.create_model("{encoder.name}", {named}checkpoint_path={json.dumps(weights, ensure_ascii=False)})'
+
+
 def read_description(run: Path) -> dict[str, Any]:
     """config.json of a finished run, checked.
 
