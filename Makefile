@@ -4,7 +4,7 @@ VENV   ?= .venv
 PYTEST ?=
 BIN    := $(VENV)/bin
 # Without bytecode: compiling all of torch takes a minute, what is imported takes seconds.
-PIP    := $(PIP) --no-compile
+PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 .DELETE_ON_ERROR:
 .PHONY: demo test check format bench docs clean
 
