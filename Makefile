@@ -3,8 +3,7 @@ PYTHON ?= python3.11
 VENV   ?= .venv
 PYTEST ?=
 BIN    := $(VENV)/bin
-# Without bytecode: compiling all of torch takes a minute, what is imported takes seconds.
-PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+PIP    := $(BIN)/pip install --quiet --disable-pip-version-check
 .DELETE_ON_ERROR:
 .PHONY: demo test check format bench docs clean
 
