@@ -234,3 +234,15 @@ def test_partners_hang_on_the_rows_alone():
     renamed = rng.permutation(9)[group]
     other = partners(split[order], renamed[order], row_id[order])
     np.testing.assert_array_equal(row_id[order][other], row_id[of][order])
+
+
+def test_looks_have_one_mark_where_they_are_equal():
+    """Of grey levels, box and mask: each by itself makes another."""
+    mask = np.zeros((8, 8), dtype=bool)
+    mask[2:6, 2:6] = True
+    hole = mask.copy()
+    hole[3, 3] = False
+    regions = (None, Region.of(mask), Region.of(np.roll(mask, 1, axis=0)), Region.of(hole), Region.of(mask))
+    looks = Looks(8, np.zeros(5), np.array([1.0, 1.0, 1.0, 1.0, 0.5]), regions)
+    assert len(set(looks.marks.tolist())) == 5
+    assert (looks.some([1, 2]).marks == looks.marks[1:3]).all()

@@ -94,11 +94,10 @@ class Looks:
         """A checksum of each: equal looks at an image have equal ones."""
         found = []
         for low, high, region in zip(self.low, self.high, self.regions, strict=True):
-            said = [np.array([low, high]).tobytes()]
-            said += (
-                [] if region is None else [np.array([*region.box, *region.mask.shape]).tobytes(), region.mask.tobytes()]
-            )
-            found.append(zlib.crc32(b"".join(said)))
+            mark = zlib.crc32(np.array([low, high]).tobytes())
+            if region is not None:
+                mark = zlib.crc32(region.mask.tobytes(), zlib.crc32(np.array(region.box).tobytes(), mark))
+            found.append(mark)
         return np.array(found, dtype=np.uint32)
 
     def some(self, rows: Sequence[int] | np.ndarray) -> Looks:

@@ -1,6 +1,7 @@
 """How many factors, and shared by whom: a lattice from data alone.
 
-1. Factors of each modality, R_m: singular values that exceed those of the same matrix with random signs.
+1. Factors of each modality, R_m: singular values that exceed those of the same matrix with random signs, at most one
+   for `ROWS_A_FACTOR` patients.
 2. For every two disjoint sets A, B of modalities: how many canonical correlations between their leading scores are
    there? In population, the sum of r_T over structures T that meet both.
 3. The non-negative integers r_T that fit all these numbers best, with no modality over its R_m; what is left of R_m is
