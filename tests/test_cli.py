@@ -49,6 +49,7 @@ def said(capsys, *arguments):
         (["embed", "absent", "absent.csv", "--out", "o"], ["absent"]),
         (["evaluate", "absent", "absent.csv", "--out", "o"], ["absent"]),
         (["report", "absent"], ["absent", "kladi evaluate"]),
+        (["export", "absent", "--out", "o"], ["absent is not a finished run"]),
         (["list", "objektives"], ["objectives"]),
         (["pretrain", "x", "--out", "o", "--config", "absent.toml"], ["absent.toml"]),
         (["check", "x", "--taxonomy"], ["--taxonomy"]),
@@ -71,7 +72,9 @@ def test_x6_a_mistake_is_one_line_and_exit_2(capsys, tmp_path, arguments, words)
     assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == before
 
 
-@pytest.mark.parametrize("verb", ["check", "plan", "pretrain", "embed", "evaluate", "compare", "report", "list"])
+@pytest.mark.parametrize(
+    "verb", ["check", "plan", "pretrain", "embed", "evaluate", "compare", "report", "list", "export"]
+)
 def test_help_answers_with_an_example_first(capsys, verb):
     code, out, _ = said(capsys, verb, "--help")
     assert code == 0

@@ -145,6 +145,22 @@ def evaluate(run: Run, data: Data, /, *overrides: Overrides, out: Path, taxonomy
 
 
 @app.command
+def export(run: Run, /, *, out: Path, format: str = "timm") -> int:  # noqa: A002  the word that users type
+    """Write the encoder for somebody who has no kladi. Example: kladi export runs/a --format onnx --out exported/
+
+    Parameters
+    ----------
+    out:
+        A new folder: the network, config.json with its intensity pipeline, and two images with their features.
+    format:
+        timm, torchvision or onnx.
+    """
+    from kladi import commands
+
+    return commands.export(run, out, format)
+
+
+@app.command
 def compare(study: Path, /, *, out: Path, workers: int = 1, force_unlock: Switch = False) -> int:
     """Compare initialisations under one protocol. Example: kladi compare study.toml --out studies/a
 

@@ -192,6 +192,21 @@ def evaluate(run: Path, data: Path, out: Path, overrides: Mapping[str, str]) -> 
     return 0
 
 
+def export(run: Path, out: Path, kind: str) -> int:
+    """Write the encoder for somebody who has no kladi."""
+    from kladi.export import TOLERANCE
+    from kladi.export import export as exported
+    from kladi.models import fused
+
+    line = exported(run, out, kind)
+    if fused.description(run) is not None:
+        _line("notice", "the image encoder alone; its diagram encoder and their mixture need kladi")
+    _line("compared", f"features of two images differ from the run's by {TOLERANCE:g} at most")
+    _line("wrote", str(out))
+    _line("in Python", line)
+    return 0
+
+
 def compare(path: Path, out: Path, *, workers: int, force_unlock: bool) -> int:
     """Run what is missing of a study, and draw its report."""
     from kladi.report import page

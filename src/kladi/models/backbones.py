@@ -259,6 +259,15 @@ def describe(encoder: Encoder, facts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def in_three_channels(encoder: Encoder) -> dict[str, Tensor]:
+    """The encoder's tensors for images of three channels; of one that sees a single channel, for three equal ones."""
+    tensors: dict[str, Tensor] = dict(encoder.model.state_dict())
+    for name in _first_layers(encoder.model):
+        adapted = _channels(tensors[name], (tensors[name].shape[0], 3, *tensors[name].shape[2:]))
+        tensors[name] = tensors[name] if adapted is None else adapted
+    return tensors
+
+
 def in_timm(encoder: settings.Encoder, intensity: settings.Intensity, weights: str) -> str:
     """The line of Python that opens these weights without kladi, with all that the architecture was told."""
     said = {"num_classes": 0, "in_chans": intensity.channels, **_size_argument(encoder, intensity), **encoder.args}
