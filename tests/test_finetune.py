@@ -40,7 +40,8 @@ def tuned(setting, recipe=QUICK, seed=0, **changes):
     encoder, data, task, part, config = setting
     named = {"task": task, "part": part, **changes}
     start = begin(encoder, data, named["task"], named["part"], config.intensity)
-    return start and fine_tune(start, data, named["task"], named["part"], config, recipe, seed=seed)
+    found = start and fine_tune(start, data, named["task"], named["part"], config, recipe, seed=seed)
+    return found and found.answers
 
 
 def test_it_answers_every_test_row_better_than_chance(setting):
@@ -124,6 +125,15 @@ def test_the_best_look_is_kept_as_a_copy(setting, monkeypatch):
     name = "head.weight"
     assert torch.equal(kept[name], seen[1][name])
     assert not torch.equal(kept[name], seen[2][name])
+
+
+@pytest.mark.parametrize("scales", [(1e-6, 1.0), (1.0, 1e-6)])
+def test_the_scale_that_validation_rows_chose_is_said(setting, scales):
+    encoder, data, task, part, config = setting
+    start = begin(encoder, data, task, part, config.intensity)
+    start.probes.weight[:] = 0  # so that standing still is worse than learning
+    found = fine_tune(start, data, task, part, config, dataclasses.replace(QUICK, steps=60, scales=scales))
+    assert found.scale == 1.0
 
 
 def test_a_fold_without_two_classes_gives_no_answers(setting):

@@ -28,11 +28,12 @@ from kladi.evaluate.embed import describe
 from kladi.evaluate.measure import Measured, Method, measure
 from kladi.evaluate.readouts.regimes import Part
 from kladi.evaluate.record import results
+from kladi.evaluate.record.results import Row
 from kladi.evaluate.splits import TEST, TRAIN, UNUSED, VAL
 from kladi.learn import console, lock
 from kladi.learn.fit import fit
 from kladi.study import arms, cells, design, questions, record
-from kladi.study.compare import compare
+from kladi.study.compare import compare, rates_at_an_end
 from kladi.study.shift import fold_places
 
 TOML = """
@@ -617,11 +618,27 @@ def test_a_study_of_losses(ward, tmp_path):
     methods = ["flat", "tree", "tree, shuffled_tree", "hxe", "hxe, shuffled_tree"]
     assert set(values) == {(m, r) for m in methods for r in ("head", "probe", "finetune")}
     assert all(value is not None for value in values.values())
+    scales = [row["value"] for row in found["rows"] if row["metric"] == "learning_rate_scale"]
+    assert len(scales) == 3 * len(methods)
+    assert set(scales) <= set(cells.context(file, tmp_path / "L").study.finetune.scales)
     for name in ("head", "probe", "finetune"):
         assert values["tree", name] != values["tree, shuffled_tree", name]
     context = cells.context(file, tmp_path / "L")
     digests = {arm.name: cells.digest(cells.Cell(arm.name, 0, "all", "frozen"), context) for arm in context.arms}
     assert len(set(digests.values())) == len(digests)
+
+
+def test_a_grid_of_learning_rates_that_ends_too_soon_is_said():
+    def measured(method, *scales):
+        rows = [Row(method, "finetune", "all", "learning_rate_scale", s, 9, 9, fold=i) for i, s in enumerate(scales)]
+        return Measured(rows=rows)
+
+    found = [measured("a", 3.0, 3.0, 1.0), measured("b", 0.3, 3.0), measured("c", 1.0, 1.0), measured("d", 0.3)]
+    assert rates_at_an_end((0.3, 1.0, 3.0), found) == [
+        "a: 2 of 3 fine-tunes chose the greatest learning rate; let finetune.scales reach further",
+        "d: 1 of 1 fine-tunes chose the least learning rate; let finetune.scales reach further",
+    ]
+    assert rates_at_an_end((0.3, 3.0), found) == []
 
 
 @pytest.mark.slow

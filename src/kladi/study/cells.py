@@ -24,12 +24,13 @@ from kladi.data.dataset import TRAIN, Dataset
 from kladi.data.embeddings import Embeddings
 from kladi.data.load import load
 from kladi.errors import RunStopped
-from kladi.evaluate.answers import Task
+from kladi.evaluate.answers import Task, Value
 from kladi.evaluate.measure import Keeper, Measured, Method, measure
 from kladi.evaluate.pretraining import own_answers, seen_rows, space_of
-from kladi.evaluate.readouts.finetune import Start, begin, fine_tune
+from kladi.evaluate.readouts.finetune import SCALE, Start, begin, fine_tune
 from kladi.evaluate.readouts.published import COMPAT, Published, Regime, published
 from kladi.evaluate.readouts.regimes import Part, cannot
+from kladi.evaluate.splits import VAL
 from kladi.learn import run_folder
 from kladi.losses import geometry as spaces
 from kladi.models.backbones import Encoder
@@ -325,7 +326,7 @@ def _published(study: Study, arm: Arm) -> Published:
 def _trained(cell: Cell, context: Context) -> Measured:
     arm, asked, study = context.arm(cell.arm), context.asked[cell.question], context.study
     part = next(p for p in asked.parts if (p.fold, p.repeat) == (cell.fold, cell.repeat))
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall, cpu, scale = time.perf_counter(), time.process_time(), None
     seed = study.seed + cell.repeat
     data, task, device, name = context.dataset, asked.task, context.device, arm.name
     if study.compat:
@@ -336,18 +337,22 @@ def _trained(cell: Cell, context: Context) -> Measured:
     else:
         start, config, how = _begun(cell, part, context), study.config, arm.classify
         wall, cpu = time.perf_counter(), time.process_time()  # the start is shared, so it is nobody's
-        recipe, answers = study.finetune, None
+        recipe, tuned = study.finetune, None
         if start is not None:
-            answers = fine_tune(
+            tuned = fine_tune(
                 start, data, task, part, config, recipe, criterion=how, method=name, seed=seed, device=device
             )
+        answers, scale = (None, None) if tuned is None else (tuned.answers, tuned.scale)
     out = Measured()
     keep = Keeper(out, arm.name, asked.task, cell.seed)
     if answers is None:
         why = cannot(part, task) or "its training diverged: no look at the validation rows was finite"
         keep.unable(cell.regime, (part,), why)
     else:
-        keep.answers([(part, answers)], (time.perf_counter() - wall, time.process_time() - cpu))
+        seconds = time.perf_counter() - wall, time.process_time() - cpu
+        keep.answers([(part, answers)], seconds)
+        if scale is not None:
+            keep.values(cell.regime, [(part, Value(SCALE, scale, part.rows(VAL)), None)], seconds)
     return out
 
 

@@ -25,6 +25,7 @@ from kladi.data.embeddings import Embeddings
 from kladi.errors import RunStopped, UserError
 from kladi.evaluate import comparisons, diagnostics
 from kladi.evaluate.measure import Measured
+from kladi.evaluate.readouts.finetune import SCALE
 from kladi.evaluate.record import account, atlas, results
 from kladi.evaluate.splits import TEST, find_leaks, refuse_leaks
 from kladi.evaluate.splits import TRAIN as TRAINED
@@ -267,7 +268,7 @@ def _study(context: Context) -> dict[str, Any]:
 
 
 def _data(context: Context, measured: list[Measured]) -> dict[str, Any]:
-    data = context.dataset
+    data, rates = context.dataset, rates_at_an_end(context.study.finetune.scales, measured)
     labels: dict[str, list[int]] = {}
     for name, asked in context.asked.items():
         task = asked.task
@@ -281,8 +282,25 @@ def _data(context: Context, measured: list[Measured]) -> dict[str, Any]:
         "patients": len(np.unique(data.group)) if data.has_patients else None,
         "labels": labels,
         "excluded": {},
-        "warnings": list(dict.fromkeys([*context.warnings, *(w for one in measured for w in one.warnings)])),
+        "warnings": list(dict.fromkeys([*context.warnings, *(w for one in measured for w in one.warnings), *rates])),
     }
+
+
+def rates_at_an_end(scales: tuple[float, ...], measured: list[Measured]) -> list[str]:
+    """Methods whose best learning rate may lie beyond those that were tried."""
+    chosen: dict[str, list[float | None]] = {}
+    for row in (row for one in measured for row in one.rows if row.metric == SCALE):
+        chosen.setdefault(row.method, []).append(row.value)
+    said = []
+    for method, found in chosen.items():
+        for word, end in (("least", min(scales)), ("greatest", max(scales))):
+            there = found.count(end)
+            if len(set(scales)) > 2 and there > len(found) / 2:
+                said.append(
+                    f"{method}: {there} of {len(found)} fine-tunes chose the {word} learning rate; "
+                    "let finetune.scales reach further"
+                )
+    return said
 
 
 def _splits(context: Context) -> dict[str, Any]:

@@ -35,6 +35,8 @@ from kladi.learn.training import learning_rate, seed_of
 from kladi.models.backbones import Encoder
 
 CROP = (0.8, 1.0)
+SCALE = "learning_rate_scale"
+"""In results: which of the recipe's scales a fine-tune chose."""
 BATCH = 256
 """Rows at a time where nothing is learnt."""
 
@@ -80,6 +82,7 @@ class _Best:
     score: tuple[float, float] = (-math.inf, -math.inf)
     state: dict[str, Tensor] | None = None
     judge: Judge | None = None
+    scale: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,15 @@ class _Fold:
     recipe: Recipe
     judge: Judge
     classes: Int[np.ndarray, " C"]
+    scale: float
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a fine-tuned classifier answers, and which of the recipe's scales was the best on validation rows."""
+
+    answers: Answers
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -119,7 +131,7 @@ def fine_tune(
     method: str = "encoder",
     seed: int = 0,
     device: str = "cpu",
-) -> Answers | None:
+) -> Tuned | None:
     """Train a copy of the start's encoder on the training rows of one fold, and answer its test rows.
 
         AdamW on encoder and head, linear warm-up, cosine to zero, gradients clipped; crops of 80 to 100 % and the flips
@@ -145,8 +157,8 @@ def fine_tune(
     devices = [torch.device(device).index or 0] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         for (judge, model), scale in itertools.product(zip(every, models, strict=True), recipe.scales):
-            fold = _Fold(dataset, task, part, config, recipe, judge, classes)
-            _train(copy.deepcopy(model), fold, scale, seed, best)
+            fold = _Fold(dataset, task, part, config, recipe, judge, classes, scale)
+            _train(copy.deepcopy(model), fold, seed, best)
     if best.state is None or best.judge is None:
         return None
     model = copy.deepcopy(models[every.index(best.judge)])
@@ -154,7 +166,7 @@ def fine_tune(
     test = part.rows(TEST)
     scores = log_probabilities(model, dataset, test, config.intensity, best.judge).numpy().astype(np.float64)
     pred = classes[scores.argmax(axis=1)]
-    return Answers(method, "finetune", part.fold, part.repeat, test, pred, scores, classes)
+    return Tuned(Answers(method, "finetune", part.fold, part.repeat, test, pred, scores, classes), best.scale)
 
 
 def begin(
@@ -231,12 +243,12 @@ def _head(start: Start, judge: Judge) -> nn.Linear:
     return head
 
 
-def _train(model: Classifier, fold: _Fold, scale: float, seed: int, best: _Best) -> None:
+def _train(model: Classifier, fold: _Fold, seed: int, best: _Best) -> None:
     """One run at one scale of the learning rates; what beats `best` on validation rows is copied into it."""
     device, recipe = next(model.parameters()).device, fold.recipe
     loader = Loader(fold.dataset, _views(fold.config, recipe, seed), 1, device, rows=fold.part.rows(TRAIN))
     steps = max(recipe.steps, recipe.epochs * loader.steps)
-    optimizer = torch.optim.AdamW(_groups(model, recipe, scale))
+    optimizer = torch.optim.AdamW(_groups(model, recipe, fold.scale))
     peaks = [group["lr"] for group in optimizer.param_groups]
     code = torch.from_numpy(column_of(fold.task.target, fold.classes)).to(device)
     look = max(1, steps // recipe.looks)
@@ -274,7 +286,7 @@ def _keep(model: Classifier, fold: _Fold, best: _Best) -> None:
     loss = float(-log_p[known, column[known]].mean()) if len(known) else math.inf
     found = (score if math.isfinite(score) else -math.inf, -loss)
     if best.state is None or found > best.score:
-        best.score, best.judge = found, fold.judge
+        best.score, best.judge, best.scale = found, fold.judge, fold.scale
         best.state = {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
