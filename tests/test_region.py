@@ -11,13 +11,15 @@ from PIL import Image
 from kladi import config as settings
 from kladi import toy
 from kladi.data.load import load
-from kladi.data.views import whole
+from kladi.data.views import kept_strengths, whole
+from kladi.data.views.calibration import Strengths
 from kladi.data.views.partners import partners
 from kladi.data.views.region import Looks, Region, foregrounds, otsu
 from kladi.errors import UserError
 from kladi.evaluate.embed import embed
+from kladi.learn import run_folder
 from kladi.models import backbones, fused
-from kladi.structure.topology import diagram
+from kladi.structure.topology import BANDS, diagram
 
 
 def disc(size=48, centre=(20, 26), radius=12, inside=0.8, ground=0.2):
@@ -163,6 +165,30 @@ def test_masks_are_laid_over_their_images(masked):
     unread, _ = load(masked, settings.override(config, {"topology.region": "whole"}))
     with pytest.raises(UserError, match="was read without its masks"):
         whole.masks(unread, rows, whole.pictures(data, rows, config.intensity), "mask")
+
+
+def test_another_mask_is_other_data(masked):
+    data, _ = load(masked, masked_config(masked))
+    before = run_folder.digest(data)
+    moved = np.zeros((16, 16), dtype=np.uint8)
+    moved[2:12, 4:12] = 1
+    Image.fromarray(moved).save(masked.parent / "masks/3.png")
+    assert run_folder.digest(data) != before
+
+
+def test_regions_that_are_none_are_counted(masked, monkeypatch):
+    every_other = pl.Series(["masks/0.png" if i % 2 else None for i in range(24)])
+    pl.read_csv(masked).with_columns(mask=every_other).write_csv(masked)
+    config = masked_config(masked, **{"topology.on": True})
+    data, _ = load(masked, config)
+    monkeypatch.setattr(kept_strengths, "calibrate", lambda *given: Strengths({band: {} for band in BANDS}, 0, {}))
+    said = []
+    with pytest.raises(UserError):  # no operation is usable
+        kept_strengths.strengths_of(data, config, 16, lambda what, text: said.append(text))
+    rows = kept_strengths._sample(data, config)
+    without = sum(data.masks[row] is None for row in rows)
+    assert 0 < without < len(rows)
+    assert said[0].startswith(f"{without} of {len(rows)} sampled regions are under 1% or over 95% of the image")
 
 
 def test_an_encoder_with_masks_reads_them_in_evaluation(masked):

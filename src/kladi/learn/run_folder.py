@@ -266,13 +266,16 @@ def config_digest(config: settings.Config) -> str:
 
 
 def digest(dataset: Dataset) -> str:
-    """Over what decides the numbers of a run: pixels, splits, labels, tree and metadata; not the order of the rows."""
+    """Over all that decides the numbers of a run: pixels, splits, labels, tree, metadata, tables, masks; not the order
+    of the rows."""
     tree = "" if dataset.taxonomy is None else dataset.taxonomy.digest
     sets = dataset.label_sets
     metadata = "" if sets is None else json.dumps([sets.attributes, sets.weight.tolist()])
     said = [Rows.of(dataset).digest(), tree, metadata]
     if dataset.modalities:
         said.append(_tables_digest(dataset))
+    if dataset.masks:
+        said.append(_masks_digest(dataset))
     return hashlib.sha256("\n".join(said).encode()).hexdigest()
 
 
@@ -282,6 +285,16 @@ def _tables_digest(dataset: Dataset) -> str:
     for one in dataset.modalities:
         seen.update(json.dumps([one.name, one.features]).encode())
         seen.update(one.values[order].astype("<f4").tobytes() + one.present[order].tobytes())
+    return seen.hexdigest()
+
+
+def _masks_digest(dataset: Dataset) -> str:
+    """Over the files that say where each image is looked at; not the order of the rows."""
+    seen = hashlib.sha256()
+    for row in np.argsort(dataset.row_id):
+        path = dataset.masks[row]
+        seen.update(b"" if path is None else hashlib.sha256(path.read_bytes()).digest())
+        seen.update(b";")
     return seen.hexdigest()
 
 

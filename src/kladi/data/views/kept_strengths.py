@@ -17,7 +17,7 @@ from kladi.data.dataset import TRAIN, Dataset
 from kladi.data.private_files import write_private
 from kladi.data.views import bounded, philox
 from kladi.data.views.calibration import GRID, Range, Reach, Strengths, calibrate, require_enough
-from kladi.data.views.region import Looks
+from kladi.data.views.region import LEAST_AREA, MOST_AREA, Looks, Region
 from kladi.data.views.whole import masks, pictures
 from kladi.errors import UserError
 from kladi.structure.topology import BANDS
@@ -38,6 +38,10 @@ def strengths_of(
     said = looked_at(dataset, config, side, GRID, BANDS)
     x = pictures(dataset, rows, config.intensity)
     where = masks(dataset, rows, x, config.topology.region)
+    without = sum(Region.of(mask) is None for mask in where)
+    if without and say is not None:
+        share = f"under {LEAST_AREA:.0%} or over {MOST_AREA:.0%} of the image"
+        say("notice", f"{without} of {len(where)} sampled regions are {share}: there the whole of it is looked at")
     drawn = b"".join(mask.tobytes() for mask in where)
     key = hashlib.sha256(said.encode() + dataset.row_id[rows].tobytes() + drawn).hexdigest()[:16]
     file = dataset.store.folder.parent / f"strengths-{key}.json"
