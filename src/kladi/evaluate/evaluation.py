@@ -169,10 +169,8 @@ def _control(
 def random_encoder(
     architecture: settings.Encoder, intensity: settings.Intensity, *, seed: int = 0, like: nn.Module | None = None
 ) -> backbones.Encoder:
-    """The same architecture with the random weights that training would start from, fused as `like` is; the caller's
-    generator is kept."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # forked above: seeds nothing beyond this block
+    """The same architecture with the random weights that training would start from, fused as `like` is."""
+    with backbones.drawn_apart(seed):
         plain = backbones.build(architecture, intensity)
         whole = fused.around(plain, like.sight) if isinstance(like, fused.Fused) else plain
         return whole.eval()

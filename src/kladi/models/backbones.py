@@ -7,9 +7,10 @@ source (`hf-hub:...`) are no names here. A folder that `export` wrote is also on
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,15 @@ class Match:
         return text + (f"; input channels adapted in {self.adapted[0]}" if self.adapted else "")
 
 
+@contextlib.contextmanager
+def drawn_apart(seed: int | None = None) -> Generator[None]:
+    """Weights that are drawn inside come from the seed, if there is one; the caller's generator notices nothing."""
+    with torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+        yield
+
+
 def build(encoder: settings.Encoder, intensity: settings.Intensity) -> Encoder:
     """The encoder with random weights from torch's current generator.
 
@@ -204,7 +214,7 @@ def load(run: str | Path) -> Encoder:
         tuple(extra["projector"]),
     )
     intensity = settings.from_dict({"intensity": extra["intensity"]}).intensity
-    with torch.random.fork_rng(devices=[]):  # building draws weights; the caller's generator must not notice
+    with drawn_apart():
         encoder = build(architecture, intensity)
     file = run / "model.safetensors"
     tensors = weights.read(file, weights.promises(encoder.model.state_dict()))

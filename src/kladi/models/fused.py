@@ -208,7 +208,7 @@ def load(run: str | Path) -> Encoder:
     described = description(Path(run))
     if described is None:
         return encoder
-    with torch.random.fork_rng(devices=[]):  # as for the image encoder
+    with backbones.drawn_apart():
         found = around(encoder, described)
     _fill(found, Path(run))
     return found.eval()

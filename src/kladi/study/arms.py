@@ -15,7 +15,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import torch
 from jaxtyping import Int
 
 from kladi import __version__
@@ -243,9 +242,8 @@ def encoder_of(arm: Arm, seed: int, dataset: Dataset, folder: Path, before: Path
 
 
 def _fresh(config: settings.Config, seed: int) -> backbones.Encoder:
-    """The encoder with the random weights that training would start from; the caller's generator is kept."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # forked above: seeds nothing beyond this block
+    """The encoder with the random weights that training would start from."""
+    with backbones.drawn_apart(seed):
         return training.built_encoder(config).eval()
 
 
