@@ -14,7 +14,7 @@ import reference_topology as reference
 from kladi.errors import UserError
 from kladi.structure import bottleneck as matching
 from kladi.structure import topology
-from kladi.structure.topology import BANDS, Diagram, band, diagram, relative_bottleneck
+from kladi.structure.topology import BANDS, Diagram, band, diagram, diagrams, relative_bottleneck
 
 POINT = st.tuples(st.integers(0, 8), st.integers(1, 8)).map(lambda bd: (bd[0] / 16, (bd[0] + bd[1]) / 16))
 POINTS = st.lists(POINT, max_size=4)
@@ -38,6 +38,14 @@ def painted(ground, *layers):
     for where, value in layers:
         image[where] = value
     return image
+
+
+def test_several_images_of_any_sizes_at_once():
+    rng = np.random.default_rng(3)
+    images = [rng.random(shape) for shape in ((9, 9), (1, 1), (5, 12))]
+    found = diagrams(iter(images))
+    assert [d.digest for d in found] == [diagram(image).digest for image in images]
+    assert diagrams([]) == []
 
 
 def ring(centre, inner, outer):

@@ -26,7 +26,7 @@ from kladi.errors import UserError
 from kladi.models import backbones, weights
 from kladi.models.backbones import Encoder, Match
 from kladi.models.topology import SIZES, MixtureOfExperts, TopologyEncoder, three_layers
-from kladi.structure.topology import Diagram, diagram
+from kladi.structure.topology import Diagram, diagrams
 
 MOST_SIDE = 112
 """Side of the square that diagrams are made of, unless another is asked for."""
@@ -122,7 +122,7 @@ class Fused(Encoder):
         mean, std = (torch.tensor(x).view(1, -1, 1, 1) for x in (self.intensity.mean, self.intensity.std))
         x = image.detach().cpu() * std + mean
         where = foregrounds(x) if self.sight.region == "foreground" and not len(masks) else masks
-        return [diagram(v) for v in Looks.of(x, self.sight.side, where).v(x)]
+        return diagrams(Looks.of(x, self.sight.side, where).v(x))
 
     def description(self) -> dict[str, Any]:
         """What `load` needs to build it again."""

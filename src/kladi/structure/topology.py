@@ -16,11 +16,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Bool, Float, Float32, Float64
 
 from kladi.errors import UserError
 from kladi.structure.bottleneck import Points, bottleneck, persistence, within
@@ -86,16 +87,12 @@ def diagram(image: Float[np.ndarray, "..."]) -> Diagram:
     >>> found.h0.tolist(), found.h1.tolist()
     ([], [[0.0, 0.75]])
     """
-    values = np.asarray(image, dtype=np.float64)
-    if values.ndim != 2 or not values.size:
-        raise ValueError(f"a diagram is of a grey image [H, W], not of shape {values.shape}")
-    if not np.isfinite(values).all():  # given one, the tool returns a plausible diagram or ends the process
-        raise ValueError("a diagram is of finite values; the image has NaN or infinity")
-    low, high = float(values.min()), float(values.max())
-    if low < 0 or high > 1:
-        raise ValueError(f"a diagram is of values in [0, 1]; the image has {low:g} to {high:g}")
-    h0, h1 = _tool().transform([1 - values])[0]
-    return Diagram(_ordered(h0), _ordered(h1))
+    return diagrams([image])[0]
+
+
+def diagrams(images: Iterable[Float[np.ndarray, "..."]]) -> list[Diagram]:
+    """Those of several images of any sizes; what `diagram` gives for each, in less time."""
+    return [Diagram(_ordered(h0), _ordered(h1)) for h0, h1 in _tool().transform([_entering(x) for x in images])]
 
 
 def relative_bottleneck(d: Diagram, other: Diagram, *, exact: bool = False) -> float:
@@ -131,6 +128,19 @@ def band(d: Diagram, other: Diagram) -> str:
         if all(within(a, b, radius * span) for a, b in pairs):
             return name
     return "beyond"
+
+
+def _entering(image: Float[np.ndarray, "..."]) -> Float64[np.ndarray, "H W"]:
+    """When each pixel enters the filtration."""
+    values = np.asarray(image, dtype=np.float64)
+    if values.ndim != 2 or not values.size:
+        raise ValueError(f"a diagram is of a grey image [H, W], not of shape {values.shape}")
+    if not np.isfinite(values).all():  # given one, the tool returns a plausible diagram or ends the process
+        raise ValueError("a diagram is of finite values; the image has NaN or infinity")
+    low, high = float(values.min()), float(values.max())
+    if low < 0 or high > 1:
+        raise ValueError(f"a diagram is of values in [0, 1]; the image has {low:g} to {high:g}")
+    return 1 - values
 
 
 @functools.cache

@@ -28,7 +28,7 @@ from kladi.data.views.kept_strengths import looked_at
 from kladi.data.views.partners import partners
 from kladi.data.views.region import Looks, Region
 from kladi.data.views.whole import masks, pictures
-from kladi.structure.topology import BANDS, Diagram, diagram
+from kladi.structure.topology import BANDS, Diagram, diagrams
 
 STREAM = "bounded"
 OPERATION, STRENGTH, UP, ACROSS, DOWN, TURN = range(6)
@@ -114,7 +114,7 @@ class BoundedPair:
             own = self._partner is None
             before = x[index] if own else self._met(some)
             after = seen[index] if own else self._changed(before, some, epoch, number)
-            return [diagram(v) for v in self._looks(some, before).v(after)]
+            return diagrams(self._looks(some, before).v(after))
 
         draw = number * self.config.topology.draws + self._draw(epoch, number)
         return self._kept(draw, of, self._mark[of], make)

@@ -19,7 +19,7 @@ from kladi.data.views import philox
 from kladi.data.views.bounded import OPERATIONS, RANDOM, Draw, changed
 from kladi.data.views.region import Looks
 from kladi.errors import UserError
-from kladi.structure.topology import BANDS, Diagram, diagram, relative_bottleneck
+from kladi.structure.topology import BANDS, Diagram, diagrams, relative_bottleneck
 
 GRID = tuple(round(0.02 * 1.6**k, 4) for k in range(7))
 """Strengths tried, in spans."""
@@ -72,7 +72,7 @@ class Original:
 
     @classmethod
     def of(cls, images: Float32[Tensor, "n C S S"], row_id: UInt64[np.ndarray, " n"], looks: Looks) -> Original:
-        return cls(images, row_id, looks, tuple(diagram(v) for v in looks.v(images)))
+        return cls(images, row_id, looks, tuple(diagrams(looks.v(images))))
 
     @property
     def unit(self) -> Float64[np.ndarray, " n"]:
@@ -141,7 +141,7 @@ def moved(original: Original, name: str, strength: float, seed: int) -> Float64[
         up = philox.uniform(seed, STREAM, original.row_id, 0, 0, number) < 0.5
         draw = Draw(up, original.row_id, seed, number)
         x = changed(original.images.clone(), name, strength * original.unit, draw)
-        after = [diagram(v) for v in original.looks.v(x)]
+        after = diagrams(original.looks.v(x))
         found += [relative_bottleneck(d, e) for d, e in zip(original.diagrams, after, strict=True)]
     return np.array(found)
 
