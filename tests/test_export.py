@@ -153,3 +153,15 @@ def test_without_its_packages_onnx_names_them(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r'pip install "kladi\[onnx\]"'):
         export(run, tmp_path / "out", "onnx")
+
+
+def test_what_torch_cannot_write_as_onnx_is_said_in_a_line(tmp_path, monkeypatch):
+    run = finished(tmp_path / "run", "test_vit")
+
+    def refuses(*given, **settings):
+        raise torch.onnx.OnnxExporterError("no such operator\nand two hundred lines of advice")
+
+    monkeypatch.setattr(torch.onnx, "export", refuses)
+    with pytest.raises(RunStopped, match=r"^torch cannot write test_vit as ONNX: no such operator$"):
+        export(run, tmp_path / "out", "onnx")
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]

@@ -136,17 +136,21 @@ def _onnx(encoder: Encoder, folder: Path) -> tuple[_FEATURES, Callable[[Path], s
     except ImportError as error:
         raise UserError('--format onnx needs packages: pip install "kladi[onnx]"') from error
     file = folder / "model.onnx"
-    with torch.no_grad():
-        written: Any = torch.onnx.export(
-            encoder.model,
-            (example(encoder),),
-            input_names=["image"],
-            output_names=["features"],
-            opset_version=OPSET,
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-            dynamo=True,
-            verbose=False,
-        )
+    try:
+        with torch.no_grad():
+            written: Any = torch.onnx.export(
+                encoder.model,
+                (example(encoder),),
+                input_names=["image"],
+                output_names=["features"],
+                opset_version=OPSET,
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                dynamo=True,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise RunStopped(f"torch cannot write {encoder.architecture.name} as ONNX: {reason}") from error
     weights.write(file, written.model_proto.SerializeToString())
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     return (
