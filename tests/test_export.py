@@ -75,7 +75,7 @@ def test_x1_features_through_the_pipeline_are_those_of_the_run(tmp_path, kind, n
         ("torchvision", "efficientnet_b0"),
         ("torchvision", "densenet121"),
         ("torchvision", "convnext_tiny"),
-        ("onnx", "vit_tiny_patch16_224"),
+        ("onnx", "test_vit"),
     ],
 )
 def test_other_families_too(tmp_path, kind, name):
