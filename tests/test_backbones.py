@@ -263,7 +263,9 @@ def test_the_line_that_opens_a_run_with_timm_is_true(tmp_path, name, args):
     encoder = backbones.build(config.Encoder(name, args=args), intensity())
     run = exported(tmp_path / "run", encoder)
     line = backbones.in_timm(encoder.architecture, encoder.intensity, f"{run}/model.safetensors")
-    call = ast.parse(line, mode="eval").body
+    whole = ast.parse(line, mode="eval").body
+    call = whole.func.value
+    assert ast.unparse(whole) == f"{ast.unparse(call)}.eval()"
     assert ast.unparse(call.func) == "timm.create_model"
     given = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
     alone = timm.create_model(ast.literal_eval(call.args[0]), **given).eval()

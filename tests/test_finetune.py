@@ -148,3 +148,5 @@ def test_without_validation_rows_it_still_answers(setting):
     _, _, _, part, _ = setting
     none = dataclasses.replace(part, of=np.where(part.of == VAL, UNUSED, part.of))
     assert np.isfinite(tuned(setting, part=none).scores).all()
+    start = begin(setting[0], setting[1], setting[2], none, setting[4].intensity)
+    assert fine_tune(start, *setting[1:3], none, setting[4], QUICK).scale is None

@@ -635,8 +635,8 @@ def test_a_grid_of_learning_rates_that_ends_too_soon_is_said():
 
     found = [measured("a", 3.0, 3.0, 1.0), measured("b", 0.3, 3.0), measured("c", 1.0, 1.0), measured("d", 0.3)]
     assert rates_at_an_end((0.3, 1.0, 3.0), found) == [
-        "a: 2 of 3 fine-tunes chose the greatest learning rate; let finetune.scales reach further",
-        "d: 1 of 1 fine-tunes chose the least learning rate; let finetune.scales reach further",
+        "all: 2 of 3 fine-tunes chose the greatest learning rate of a; let finetune.scales reach further",
+        "all: 1 of 1 fine-tunes chose the least learning rate of d; let finetune.scales reach further",
     ]
     assert rates_at_an_end((0.3, 3.0), found) == []
 

@@ -277,9 +277,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return _said("stopped", 130)
-    except OSError as error:  # a folder that cannot be made, a disk that is full: no fault of kladi's own
-        return _said(f"{error.filename or 'the file system'}: {error.strerror or error}; --debug shows where", 1)
     except Exception as error:  # noqa: BLE001  the last fence: a fault of ours, worded, never a traceback
+        if isinstance(error, OSError) and error.filename:  # a folder that cannot be made, a disk that is full
+            return _said(f"{error.filename2 or error.filename}: {error.strerror}; --debug shows where", 1)
         return _said(f"a fault of kladi's own ({type(error).__name__}: {error}); --debug shows where", 1)
 
 

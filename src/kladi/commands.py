@@ -196,12 +196,15 @@ def export(run: Path, out: Path, kind: str) -> int:
     """Write the encoder for somebody who has no kladi."""
     from kladi.export import TOLERANCE
     from kladi.export import export as exported
-    from kladi.models import fused
+    from kladi.models import backbones
 
     line = exported(run, out, kind)
-    if fused.description(run) is not None:
-        _line("notice", "the image encoder alone; its diagram encoder and their mixture need kladi")
-    _line("compared", f"features of two images differ from the run's by {TOLERANCE:g} at most")
+    described = backbones.read_description(run)["kladi"]
+    if "topology" in described:
+        _message("notice     the image encoder alone; its diagram encoder and their mixture need kladi")
+    if kind == "torchvision" and described["intensity"]["channels"] == 1:
+        _message("notice     torchvision takes three channels: feed it the grey image three times")
+    _line("compared", f"the features of two images are those of the run, to {TOLERANCE:g}")
     _line("wrote", str(out))
     _line("in Python", line)
     return 0

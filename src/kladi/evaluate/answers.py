@@ -19,6 +19,8 @@ from kladi.structure.taxonomy import Taxonomy
 T = TypeVar("T")
 
 PRIMARY = "balanced_accuracy"
+SCALE = "learning_rate_scale"
+"""A row of a fine-tune: which of the recipe's scales validation rows chose. It says nothing of the answers."""
 LOWER_IS_BETTER = frozenset(
     {
         "calibration_error",

@@ -293,8 +293,11 @@ def _masks_digest(dataset: Dataset) -> str:
     seen = hashlib.sha256()
     for row in np.argsort(dataset.row_id):
         path = dataset.masks[row]
-        seen.update(b"" if path is None else hashlib.sha256(path.read_bytes()).digest())
-        seen.update(b";")
+        try:
+            seen.update(b"none" if path is None else hashlib.sha256(path.read_bytes()).digest())
+        except OSError as error:
+            known = f"row {dataset.manifest_row[row]:,}: the mask {path.name if path else ''}"
+            raise UserError(f"{known} cannot be read ({error.strerror})") from error
     return seen.hexdigest()
 
 

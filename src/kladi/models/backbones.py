@@ -282,7 +282,9 @@ def in_timm(encoder: settings.Encoder, intensity: settings.Intensity, weights: s
     """The line of Python that opens these weights without kladi, with all that the architecture was told."""
     said = {"num_classes": 0, "in_chans": intensity.channels, **_size_argument(encoder, intensity), **encoder.args}
     named = "".join(f"{name}={value!r}, " for name, value in said.items())
-    return f'timm.create_model("{encoder.name}", {named}checkpoint_path={json.dumps(weights, ensure_ascii=False)})'
+    return (
+        f'timm.create_model("{encoder.name}", {named}checkpoint_path={json.dumps(weights, ensure_ascii=False)}).eval()'
+    )
 
 
 def read_description(run: Path) -> dict[str, Any]:

@@ -112,8 +112,8 @@ class Fused(Encoder):
         """Points [B, k, 2], in the precision of the diagram encoder, and mask bool[B, k], of these images' diagrams; no
         point where the encoder was trained without."""
         none = self.sight.given == "none"
-        diagrams = [Diagram.empty()] * len(image) if none else self.diagrams(image, masks)
-        found = Diagrams.of(diagrams, *self.sight.tokens)
+        of = [Diagram.empty()] * len(image) if none else self.diagrams(image, masks)
+        found = Diagrams.of(of, *self.sight.tokens)
         return found.points.to(image.device, next(self.topology.parameters()).dtype), found.mask.to(image.device)
 
     def diagrams(self, image: Float[Tensor, "B C H W"], masks: Sequence[Bool[np.ndarray, "H W"]] = ()) -> list[Diagram]:

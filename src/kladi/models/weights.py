@@ -138,6 +138,11 @@ def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None =
     return save(plain, dict(metadata) if metadata else None)
 
 
+def from_bytes(content: bytes) -> dict[str, Tensor]:
+    """What `to_bytes` was given."""
+    return load(content)
+
+
 def write(path: Path, content: bytes | str) -> None:
     """Write a file so that a crash leaves the old one or the new one, never half of one. Readable by its owner only.
 

@@ -155,7 +155,7 @@ def _regimes_of(task: str, results: Results, *, named: bool) -> list[dict[str, A
             "level_accuracy_",
             "violation_rate_",
             "calibration_error_",  # figures of their own show these, depth by depth
-            "learning_rate_scale",  # says how it was trained, not how well it answers
+            "learning_rate_scale",  # that of answers.SCALE: how it was trained, not how well it answers
         )
         metrics = _ordered({key[2] for key in cells if key[1] == regime and not key[2].startswith(drawn)})
         rows = []

@@ -91,7 +91,11 @@ def diagram(image: Float[np.ndarray, "..."]) -> Diagram:
 
 
 def diagrams(images: Iterable[Float[np.ndarray, "..."]]) -> list[Diagram]:
-    """Those of several images of any sizes; what `diagram` gives for each, in less time."""
+    """Those of several images of any sizes; what `diagram` gives for each, in less time.
+
+    Raises:
+        ValueError: as `diagram`.
+    """
     return [Diagram(_ordered(h0), _ordered(h1)) for h0, h1 in _tool().transform([_entering(x) for x in images])]
 
 
@@ -131,7 +135,7 @@ def band(d: Diagram, other: Diagram) -> str:
 
 
 def _entering(image: Float[np.ndarray, "..."]) -> Float64[np.ndarray, "H W"]:
-    """When each pixel enters the filtration."""
+    """When each pixel enters the filtration; refuses what is no grey image in [0, 1]."""
     values = np.asarray(image, dtype=np.float64)
     if values.ndim != 2 or not values.size:
         raise ValueError(f"a diagram is of a grey image [H, W], not of shape {values.shape}")

@@ -24,10 +24,10 @@ from kladi.data.dataset import TRAIN, Dataset
 from kladi.data.embeddings import Embeddings
 from kladi.data.load import load
 from kladi.errors import RunStopped
-from kladi.evaluate.answers import Task, Value
+from kladi.evaluate.answers import SCALE, Task, Value
 from kladi.evaluate.measure import Keeper, Measured, Method, measure
 from kladi.evaluate.pretraining import own_answers, seen_rows, space_of
-from kladi.evaluate.readouts.finetune import SCALE, Start, begin, fine_tune
+from kladi.evaluate.readouts.finetune import Start, begin, fine_tune
 from kladi.evaluate.readouts.published import COMPAT, Published, Regime, published
 from kladi.evaluate.readouts.regimes import Part, cannot
 from kladi.evaluate.splits import VAL

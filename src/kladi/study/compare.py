@@ -24,8 +24,8 @@ from kladi.data.dataset import TRAIN
 from kladi.data.embeddings import Embeddings
 from kladi.errors import RunStopped, UserError
 from kladi.evaluate import comparisons, diagnostics
+from kladi.evaluate.answers import SCALE
 from kladi.evaluate.measure import Measured
-from kladi.evaluate.readouts.finetune import SCALE
 from kladi.evaluate.record import account, atlas, results
 from kladi.evaluate.splits import TEST, find_leaks, refuse_leaks
 from kladi.evaluate.splits import TRAIN as TRAINED
@@ -287,19 +287,19 @@ def _data(context: Context, measured: list[Measured]) -> dict[str, Any]:
 
 
 def rates_at_an_end(scales: tuple[float, ...], measured: list[Measured]) -> list[str]:
-    """Methods whose best learning rate may lie beyond those that were tried."""
-    chosen: dict[str, list[float | None]] = {}
+    """Methods whose best learning rate on a task may lie beyond those that were tried."""
+    if len(set(scales)) < 3:
+        return []
+    chosen: dict[tuple[str, str], list[float | None]] = {}
     for row in (row for one in measured for row in one.rows if row.metric == SCALE):
-        chosen.setdefault(row.method, []).append(row.value)
+        chosen.setdefault((row.dataset, row.method), []).append(row.value)
     said = []
-    for method, found in chosen.items():
+    for (task, method), found in chosen.items():
         for word, end in (("least", min(scales)), ("greatest", max(scales))):
             there = found.count(end)
-            if len(set(scales)) > 2 and there > len(found) / 2:
-                said.append(
-                    f"{method}: {there} of {len(found)} fine-tunes chose the {word} learning rate; "
-                    "let finetune.scales reach further"
-                )
+            if there > len(found) / 2:
+                many = f"{there} of {len(found)} fine-tunes chose the {word} learning rate"
+                said.append(f"{task}: {many} of {method}; let finetune.scales reach further")
     return said
 
 

@@ -35,8 +35,6 @@ from kladi.learn.training import learning_rate, seed_of
 from kladi.models.backbones import Encoder
 
 CROP = (0.8, 1.0)
-SCALE = "learning_rate_scale"
-"""In results: which of the recipe's scales a fine-tune chose."""
 BATCH = 256
 """Rows at a time where nothing is learnt."""
 
@@ -101,10 +99,11 @@ class _Fold:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a fine-tuned classifier answers, and which of the recipe's scales was the best on validation rows."""
+    """What a fine-tuned classifier answers, and which of the recipe's scales was the best on validation rows; None
+    where these could not tell."""
 
     answers: Answers
-    scale: float
+    scale: float | None
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ def fine_tune(
         seed: of the order, the views and whatever is random inside the encoder.
 
     Returns:
-        None where training diverged.
+        The answers, and the scale that was best; None where training diverged.
     """
     recipe = recipe or Recipe()
     classes, best = start.probes.classes, _Best()
@@ -164,9 +163,10 @@ def fine_tune(
     model = copy.deepcopy(models[every.index(best.judge)])
     model.load_state_dict(best.state)
     test = part.rows(TEST)
+    scale = best.scale if math.isfinite(best.score[0]) else None
     scores = log_probabilities(model, dataset, test, config.intensity, best.judge).numpy().astype(np.float64)
     pred = classes[scores.argmax(axis=1)]
-    return Tuned(Answers(method, "finetune", part.fold, part.repeat, test, pred, scores, classes), best.scale)
+    return Tuned(Answers(method, "finetune", part.fold, part.repeat, test, pred, scores, classes), scale)
 
 
 def begin(
