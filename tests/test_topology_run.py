@@ -29,7 +29,7 @@ from kladi.learn.console import Silent
 from kladi.learn.fit import fit
 from kladi.models import backbones, fused, heads
 from kladi.models.topology import EXPERTS
-from kladi.structure.topology import diagram
+from kladi.structure.topology import diagram, diagrams
 
 SOME = {"noise": Range(0.04, 0.1, 0.9, 0.08, 10), "brightness": Range(0.05, 0.14, 1.0, 0.1, 10)}
 STRONG = {"noise": Range(0.15, 0.2, 0.9, 0.2, 10), "gamma": Range(0.16, 0.24, 1.0, 0.2, 10)}
@@ -88,7 +88,7 @@ def test_diagrams_are_made_once_and_read_by_every_run(tmp_path, monkeypatch):
     pair(data, topology__draws=2).views(rows, 0, CPU)
     (file,) = tmp_path.iterdir()
     seen = []
-    monkeypatch.setattr(bounded_pair, "diagram", lambda v: seen.append(v) or diagram(v))
+    monkeypatch.setattr(bounded_pair, "diagrams", lambda v: seen.extend(v) or diagrams(v))
     for given in ("own", "another"):
         later = pair(data, topology__draws=2, topology__diagrams=given)
         of = rows if given == "own" else np.argsort(partners(data.split, data.group, data.row_id))[rows]
