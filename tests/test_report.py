@@ -8,7 +8,7 @@ import stat
 import pytest
 
 from kladi.errors import UserError
-from kladi.report import comparison, figures, page, shapes, tables
+from kladi.report import comparison, facts, figures, page, shapes, tables, wording
 from results_example import THUMBNAIL, example, example_map, study_example, study_map
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -51,9 +51,15 @@ def test_every_number_of_a_table_has_n_and_spread():
 
 
 def test_an_undefined_value_is_said_with_its_reason():
-    assert any("one class is absent" in line and "(3 times)" in line for line in tables.not_run(example()))
+    assert any("one class is absent" in line and "(3 times)" in line for line in facts.not_run(example()))
     cells = [cell for regime in tables.regimes(example()) for row in regime["rows"] for cell in row["cells"]]
     assert {"undefined"} == {cell["value"] for cell in cells if cell["raw"] is None}
+
+
+def test_digests_of_several_splits_are_listed():
+    results = example()
+    results["splits"]["digest"] = {"skin": "5" * 4, "blood": "b" * 4}
+    assert ("split digest", "blood bbbb, skin 5555") in facts.provenance(results)
 
 
 def test_lower_is_best_where_it_is():
@@ -274,4 +280,4 @@ def test_the_page_and_the_measurements_agree_which_way_is_better():
     """The page imports nothing of the measuring side, so the list stands twice."""
     from kladi.evaluate.answers import LOWER_IS_BETTER
 
-    assert tables.LOWER_IS_BETTER == LOWER_IS_BETTER
+    assert wording.LOWER_IS_BETTER == LOWER_IS_BETTER

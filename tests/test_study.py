@@ -187,6 +187,15 @@ def test_every_method_under_the_same_folds_against_the_reference(finished):
     content = results.read(finished)
     names = ["simclr", "random_encoder", "histogram", "shuffled_labels", "scratch"]
     assert [m["method"] for m in content["methods"]] == names
+    made = {m["method"]: (m["encoder"], m["parameters"], m["width"]) for m in content["methods"]}
+    assert made["simclr"] == made["random_encoder"] == made["shuffled_labels"] == made["scratch"]
+    network, parameters, _ = made["simclr"]
+    assert network == "test_efficientnet"
+    assert parameters == 98_764
+    grey, none, columns = made["histogram"]
+    assert grey.startswith("64-bin grey histogram")
+    assert none == 0
+    assert columns > 64
     rows = [r for r in content["rows"] if r["metric"] == "balanced_accuracy"]
     for name in names:
         assert sorted((r["repeat"], r["fold"]) for r in rows if r["method"] == name) == [

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tiny
+from kladi.evaluate.record.account import network
 from kladi.models import backbones
 from kladi.models.fused import DiagramAlone, Fused, Sight, around
 from kladi.models.topology import (
@@ -216,3 +217,13 @@ def test_the_diagram_alone_is_its_encoder():
     found = alone(torch.rand(3, 1, 16, 16), points, mask)
     assert torch.equal(found, alone.topology(points, mask))
     assert found.shape == (3, alone.width) == (3, 256)
+    assert network(alone) == {"encoder": "small diagram encoder", "parameters": 454_496}
+
+
+def test_an_account_of_both_names_both():
+    config = tiny.settings()
+    plain = backbones.build(config.encoder, config.intensity)
+    both = around(plain, Sight("small", 16))
+    said, image = network(both), network(plain)
+    assert said["encoder"] == f"{config.encoder.name} and small diagram encoder"
+    assert said["parameters"] > image["parameters"] + 454_496

@@ -70,6 +70,16 @@ class Encoder(nn.Module):
     def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
         return self.model(image.contiguous(memory_format=self.layout))
 
+    @property
+    def title(self) -> str:
+        """What it is, in a few words."""
+        return self.architecture.name
+
+    @property
+    def reads_with(self) -> nn.Module:
+        """What its vector goes through."""
+        return self
+
     def preprocess(self, source: Any) -> Float[Tensor, "C S S"]:
         """One image (a path, or an array of grey levels) as this encoder expects it: the pipeline of its training."""
         from kladi.data.pixels.frame import Unreadable

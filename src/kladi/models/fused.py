@@ -124,6 +124,11 @@ class Fused(Encoder):
         where = foregrounds(x) if self.sight.region == "foreground" and not len(masks) else masks
         return diagrams(Looks.of(x, self.sight.side, where).v(x))
 
+    @property
+    @override
+    def title(self) -> str:
+        return f"{super().title} and {self.sight.size} diagram encoder"
+
     def description(self) -> dict[str, Any]:
         """What `load` needs to build it again."""
         return dataclasses.asdict(self.sight)
@@ -146,6 +151,16 @@ class DiagramAlone(Fused):
         self, image: Float[Tensor, "B C H W"], points: Float[Tensor, "B k 2"], mask: Bool[Tensor, "B k"]
     ) -> Float[Tensor, "B F"]:
         return self.topology(points, mask)
+
+    @property
+    @override
+    def title(self) -> str:
+        return f"{self.sight.size} diagram encoder"
+
+    @property
+    @override
+    def reads_with(self) -> nn.Module:
+        return self.topology
 
 
 def reader(

@@ -8,6 +8,7 @@ from typing import Any
 
 from kladi.report import tables
 from kladi.report.figures import COLOURS, Figure, figure_of, plain
+from kladi.report.wording import words
 
 Results = Mapping[str, Any]
 
@@ -49,7 +50,7 @@ def table(results: Results) -> dict[str, Any] | None:
         for cell in known:
             cell["best"] = cell["raw"] == max(other["raw"] for other in known)
     return {
-        "metric": tables.words(primary),
+        "metric": words(primary),
         "reference": reference,
         "columns": [f"{task}, {regime}" for task, regime in columns],
         "rows": rows,
@@ -134,7 +135,7 @@ def _differences(results: Results) -> Figure | None:
             "marker": {"color": COLOURS[i % len(COLOURS)], "size": 8},
         }
         traces.append(trace)
-    what = f"difference to {plain(str(reference))}, {tables.words(primary)}"
+    what = f"difference to {plain(str(reference))}, {words(primary)}"
     figure = figure_of(traces, what, "", height=max(320, 20 * len(found) + 160))
     if figure is not None:
         figure["layout"]["showlegend"] = False
@@ -167,7 +168,7 @@ def _few_labels(results: Results) -> Figure | None:
                 "line": {"color": COLOURS[i % len(COLOURS)], "width": 1.8},
             }
         )
-    figure = figure_of(traces, "labelled training patients, %", tables.words(primary), height=420)
+    figure = figure_of(traces, "labelled training patients, %", words(primary), height=420)
     if figure is not None:
         figure["layout"]["xaxis"] |= {"type": "log", "rangemode": "normal"}
         figure["layout"]["yaxis"] |= {"rangemode": "normal"}

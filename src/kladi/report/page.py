@@ -22,7 +22,7 @@ import jinja2
 from plotly.offline import get_plotlyjs
 
 from kladi.errors import UserError
-from kladi.report import comparison, figures, glossary, shapes, tables
+from kladi.report import comparison, facts, figures, glossary, shapes, tables
 from kladi.report import factors as factors_page
 from kladi.report import strengths as strengths_page
 
@@ -117,8 +117,8 @@ def render(results: Results, atlas: Mapping[str, Any] | None, thumbnails: list[s
         glossary=glossary.of(results),
         comparisons=tables.comparisons(results),
         methods=results.get("methods", []),
-        data_facts=tables.data_facts(results),
-        labels=tables.labels(results),
+        data_facts=facts.data_facts(results),
+        labels=facts.labels(results),
         parents=tables.parents(results),
         attended=shapes.attended(results),
         excluded=sorted(results.get("data", {}).get("excluded", {}).items()),
@@ -126,11 +126,11 @@ def render(results: Results, atlas: Mapping[str, Any] | None, thumbnails: list[s
         figures=drawn,
         atlas=atlas,
         has_images=bool(thumbnails),
-        diagnostics=tables.diagnostics(results),
-        purity=tables.purity(atlas),
-        neighbours=tables.neighbours(atlas),
-        provenance=tables.provenance(results),
-        not_run=tables.not_run(results),
+        diagnostics=facts.diagnostics(results),
+        purity=facts.purity(atlas),
+        neighbours=facts.neighbours(atlas),
+        provenance=facts.provenance(results),
+        not_run=facts.not_run(results),
     )
 
 

@@ -7,6 +7,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from kladi.report.wording import LOWER_IS_BETTER, count, number, p_value, signed, thousands, words
+
 Results = Mapping[str, Any]
 
 METRIC_ORDER = (
@@ -22,17 +24,6 @@ METRIC_ORDER = (
     "least_cost_distance",
     "parent_violation_rate",
 )
-LOWER_IS_BETTER = {
-    "calibration_error",
-    "hierarchical_distance_at_1",
-    "hierarchical_distance_at_5",
-    "least_cost_distance",
-    "mistake_severity",
-    "parent_violation_rate",
-    "tree_distance_at_1",
-    "tree_distance_at_5",
-    "tree_distance_at_10",
-}
 REGIMES = {
     "head": "The classifier trained with the encoder",
     "probe": "Linear probe on frozen features",
@@ -52,19 +43,19 @@ def summary(results: Results) -> list[str]:
     if study.get("tasks"):
         controls = sum(bool(m.get("control_of")) for m in methods)
         lines.append(
-            f"{_count(len(methods) - controls, 'method')} and {_count(controls, 'control')} on "
-            f"{_count(len(study['tasks']), 'task')} ({', '.join(study['tasks'])}); "
-            f"{_count(study.get('seeds'), 'pretraining seed')}."
+            f"{count(len(methods) - controls, 'method')} and {count(controls, 'control')} on "
+            f"{count(len(study['tasks']), 'task')} ({', '.join(study['tasks'])}); "
+            f"{count(study.get('seeds'), 'pretraining seed')}."
         )
     elif methods:
         main = methods[0]
         objective = main.get("objective") or "no objective"
         lines.append(
-            f"An encoder {main.get('encoder', '')} pretrained with {objective}, {_count(main.get('epochs'), 'epoch')}."
+            f"An encoder {main.get('encoder', '')} pretrained with {objective}, {count(main.get('epochs'), 'epoch')}."
         )
     patients = data.get("patients")
-    by = f" of {_count(patients, 'patient')}" if patients else ", no patient ids"
-    lines.append(f"{_count(data.get('images'), 'image')}{by}; {_scored(results)}.")
+    by = f" of {count(patients, 'patient')}" if patients else ", no patient ids"
+    lines.append(f"{count(data.get('images'), 'image')}{by}; {_scored(results)}.")
     splits = results.get("splits", {})
     if splits:
         lines.append(f"Split: {splits.get('kind', 'unknown')}, by {splits.get('group') or 'image (no patient ids)'}.")
@@ -108,9 +99,9 @@ def _verdict(results: Results) -> list[str]:
     several = len({c.get("method") for c in decisive}) > 1
     for c in decisive:
         interval = c.get("interval")
-        between = f" [{_signed(interval[0])}, {_signed(interval[1])}]" if interval else ""
+        between = f" [{signed(interval[0])}, {signed(interval[1])}]" if interval else ""
         who = f"{c.get('method')} - " if several else ""
-        said.append(f"{who}{c.get('reference')} {_signed(c.get('difference'))}{between}, {c.get('verdict')}")
+        said.append(f"{who}{c.get('reference')} {signed(c.get('difference'))}{between}, {c.get('verdict')}")
     better = all(str(c.get("verdict")) in {"better", "leans better"} for c in decisive)
     lead = "Against its controls" if better else "Not shown to beat every control, so it has bought nothing yet"
     return [f"{lead} ({words(str(decisive[0].get('metric')))}, {decisive[0].get('regime')}): {'; '.join(said)}."]
@@ -132,7 +123,7 @@ def headline(results: Results) -> list[dict[str, str]]:
     return [
         {
             "method": method,
-            "value": _number(mean(rows)),
+            "value": number(mean(rows)),
             "note": _spread_note(rows),
             "metric": f"{words(primary)}, {regime}",
         }
@@ -194,39 +185,18 @@ def comparisons(results: Results) -> list[dict[str, Any]]:
                 "method": str(c.get("method")),
                 "reference": str(c.get("reference")),
                 "what": ", ".join([*tasks[:1], words(str(c.get("metric"))), str(c.get("regime"))]),
-                "difference": _signed(c.get("difference")),
-                "interval": f"[{_signed(interval[0])}, {_signed(interval[1])}]" if interval else "none",
+                "difference": signed(c.get("difference")),
+                "interval": f"[{signed(interval[0])}, {signed(interval[1])}]" if interval else "none",
                 "kind": str(c.get("interval_kind") or ""),
-                "corrected": _p(c.get("corrected_t_p")),
-                "holm": _p(c.get("holm_p")),
-                "wilcoxon": _p(c.get("wilcoxon_p")) + (f" (least {_p(c['least_p'])})" if c.get("least_p") else ""),
+                "corrected": p_value(c.get("corrected_t_p")),
+                "holm": p_value(c.get("holm_p")),
+                "wilcoxon": p_value(c.get("wilcoxon_p"))
+                + (f" (least {p_value(c['least_p'])})" if c.get("least_p") else ""),
                 "verdict": str(c.get("verdict") or ""),
                 "decides": _decides(c, results),
             }
         )
     return out
-
-
-def data_facts(results: Results) -> list[tuple[str, str]]:
-    """The data in one line a fact."""
-    data = results.get("data", {})
-    facts = [("images", _thousands(data.get("images"))), ("patients", _thousands(data.get("patients")))]
-    if data.get("sites"):
-        facts.append(("sites", _thousands(data["sites"])))
-    facts += [
-        (
-            ", ".join(str(part[key]) for key in ("task", "part") if key in part),
-            f"{_thousands(part['images'])} images of {_thousands(part['patients'])} patients",
-        )
-        for part in _parts(results)
-    ]
-    return [(name, value) for name, value in facts if value]
-
-
-def labels(results: Results) -> list[tuple[str, str, str]]:
-    """Each label with its images and patients, in the order of the file."""
-    counts = results.get("data", {}).get("labels", {})
-    return [(name, _thousands(images), _thousands(patients)) for name, (images, patients) in counts.items()]
 
 
 def parents(results: Results) -> list[dict[str, Any]]:
@@ -235,78 +205,13 @@ def parents(results: Results) -> list[dict[str, Any]]:
     return [
         {
             "node": str(one["node"]),
-            "images": _thousands(one["images"]),
-            "children": _thousands(one["children"]),
+            "images": thousands(one["images"]),
+            "children": thousands(one["children"]),
             "methods": list(one["accuracy"]),
-            "accuracy": [_number(value) for value in one["accuracy"].values()],
+            "accuracy": [number(value) for value in one["accuracy"].values()],
         }
         for one in found
     ]
-
-
-def purity(atlas: Mapping[str, Any] | None) -> list[tuple[str, str, str, str]]:
-    """What the eye guesses from the map, as numbers: column, share, share by chance, images."""
-    if not atlas:
-        return []
-    return [
-        (name, f"{entry['value']:.2f}", f"{entry['chance']:.2f}", _thousands(entry["n"]))
-        for name, entry in sorted(atlas.get("purity", {}).items())
-        if entry.get("value") is not None
-    ]
-
-
-def diagnostics(results: Results) -> list[dict[str, str]]:
-    """Whether the structure is in the images at all, a line a question."""
-    return [
-        {
-            "name": str(d.get("name")),
-            "verdict": str(d.get("verdict")),
-            "statistic": str(d.get("statistic")),
-            "value": "" if d.get("value") is None else f"{d['value']:.2f}",
-            "p": _p(d.get("p")),
-            "beside": ", ".join(text for text in (str(d.get("null") or ""), str(d.get("note") or "")) if text),
-        }
-        for d in results.get("diagnostics", [])
-    ]
-
-
-def neighbours(atlas: Mapping[str, Any] | None) -> int | None:
-    """How many neighbours the purity looks at."""
-    found = [atlas or {}, *(atlas or {}).get("panels", [])]
-    return next((entry["k"] for one in found for entry in one.get("purity", {}).values()), None)
-
-
-def provenance(results: Results) -> list[tuple[str, str]]:
-    """How to get here again."""
-    facts = [("command", str(results.get("study", {}).get("command") or ""))]
-    for key, value in sorted(results.get("provenance", {}).items()):
-        text = ", ".join(f"{k} {v}" for k, v in sorted(value.items())) if isinstance(value, dict) else str(value)
-        facts.append((key, text))
-    facts += [
-        ("results digest", str(results.get("digest", ""))),
-        ("data digest", str(results.get("data", {}).get("digest", ""))),
-        ("taxonomy digest", str(results.get("data", {}).get("taxonomy_digest") or "none")),
-        ("split digest", str(results.get("splits", {}).get("digest", ""))),
-    ]
-    return [(name, value) for name, value in facts if value]
-
-
-def not_run(results: Results) -> list[str]:
-    """Values that could not be computed, with the reason; each reason once, with its count."""
-    reasons: dict[str, int] = defaultdict(int)
-    for row in results.get("rows", []):
-        if row.get("value") is None:
-            reasons[
-                f"{row['method']}, {row['regime']}, {words(row['metric'])}: {row.get('reason') or 'no reason given'}"
-            ] += 1
-    return [text + (f" ({count} times)" if count > 1 else "") for text, count in sorted(reasons.items())]
-
-
-def words(metric: str) -> str:
-    """`balanced_accuracy` -> `balanced accuracy`; the arrow says which way is better where lower is."""
-    text = metric.replace("_", " ").replace("hierarchical f1", "hierarchical F1")
-    text = "AUC" if text == "auc" else text
-    return text + (" (lower is better)" if metric in LOWER_IS_BETTER else "")
 
 
 def mean(rows: Iterable[Mapping[str, Any]]) -> float | None:
@@ -359,7 +264,7 @@ def _cell(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
         return {"value": "undefined", "note": reason, "basis": "", "raw": None, "best": False}
     sd = spread(rows)
     note = "" if sd is None else f"sd {sd:.3f}"
-    return {"value": _number(value), "note": note, "basis": _basis(rows), "raw": value, "best": False}
+    return {"value": number(value), "note": note, "basis": _basis(rows), "raw": value, "best": False}
 
 
 def _mark_best(rows: list[dict[str, Any]], metrics: list[str]) -> None:
@@ -393,30 +298,3 @@ def _basis(rows: list[Mapping[str, Any]]) -> str:
 
 def _range(values: list[int]) -> str:
     return f"{values[0]:,}" if len(values) == 1 else f"{values[0]:,} to {values[-1]:,}"
-
-
-def _parts(results: Results) -> list[Mapping[str, Any]]:
-    parts = results.get("splits", {}).get("parts", [])
-    return [p for p in parts if p.get("fold") == 0 and p.get("repeat") == 0]
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
-def _signed(value: float | None) -> str:
-    return "" if value is None else f"{value:+.3f}"
-
-
-def _p(value: float | None) -> str:
-    return "" if value is None else (f"{value:.3f}" if value >= 0.001 else "< .001")
-
-
-def _thousands(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else ""
-
-
-def _count(value: Any, word: str) -> str:
-    if not isinstance(value, int):
-        return f"an unknown number of {word}s"
-    return f"{value:,} {word}{'' if value == 1 else 's'}"

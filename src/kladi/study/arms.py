@@ -158,7 +158,7 @@ def require_buildable(found: Sequence[Arm], dataset: Dataset) -> None:
             continue
         config = arm.config
         try:
-            encoder = _fresh(config, seed=0)
+            encoder = fresh(config, seed=0)
             if config.init.weights:
                 fused.load_weights(encoder, config.init.weights)
             if arm.kind == "pretrained":
@@ -235,13 +235,13 @@ def encoder_of(arm: Arm, seed: int, dataset: Dataset, folder: Path, before: Path
                     config = settings.override(config, {"init.weights": str(before)})
                 fit(seen, config, folder, resume=folder.is_dir(), progress=console.Silent())
             return fused.load(folder)
-    encoder = _fresh(arm.config, seed)
+    encoder = fresh(arm.config, seed)
     if arm.kind == "given":
         fused.load_weights(encoder, before or arm.config.init.weights)
     return encoder
 
 
-def _fresh(config: settings.Config, seed: int) -> backbones.Encoder:
+def fresh(config: settings.Config, seed: int) -> backbones.Encoder:
     """The encoder with the random weights that training would start from."""
     with backbones.drawn_apart(seed):
         return training.built_encoder(config).eval()

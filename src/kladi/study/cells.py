@@ -22,6 +22,7 @@ from kladi import __version__
 from kladi import config as settings
 from kladi.data.dataset import TRAIN, Dataset
 from kladi.data.embeddings import Embeddings
+from kladi.data.findings import line
 from kladi.data.load import load
 from kladi.errors import RunStopped
 from kladi.evaluate.answers import SCALE, Task, Value
@@ -30,6 +31,7 @@ from kladi.evaluate.pretraining import own_answers, seen_rows, space_of
 from kladi.evaluate.readouts.finetune import Start, begin, fine_tune
 from kladi.evaluate.readouts.published import COMPAT, Published, Regime, published
 from kladi.evaluate.readouts.regimes import Part, cannot
+from kladi.evaluate.record.account import network
 from kladi.evaluate.splits import VAL
 from kladi.learn import run_folder
 from kladi.losses import geometry as spaces
@@ -140,7 +142,7 @@ def context(path: Path, folder: Path) -> Context:
     met, said = _met_before(found, dataset)
     unseen &= ~met
     asked = {question.name: ask(question, dataset, unseen, study) for question in study.questions}
-    warnings = [f.message for f in inspection.findings if f.severity == "warning"]
+    warnings = [line(f) for f in inspection.findings if f.severity == "warning"]
     warnings += [warning for one in asked.values() for warning in one.warnings]
     warnings += [*said, *_tasks_that_were_trained_on(study, found, dataset), *_labels_beyond_the_fraction(study, found)]
     if study.compat:
@@ -258,6 +260,15 @@ def _encoder(arm: Arm, seed: int, context: Context) -> Encoder:
     return every.encoder_of(arm, seed, context.dataset, context.run_of(arm, seed), context.before(arm, seed))
 
 
+def network_of(arm: Arm, context: Context) -> dict[str, Any]:
+    """What makes the arm's features: "encoder" in words, "parameters" that they go through, and their "width"."""
+    arm = _source(arm, context)
+    width = prepared(arm, 0, context).features.shape[1]
+    if arm.kind == "embedded":
+        return {"encoder": "embeddings from a file", "parameters": None, "width": width}
+    return {**network(None if arm.kind == "histogram" else every.fresh(arm.config, 0)), "width": width}
+
+
 def run(cell: Cell, context: Context) -> None:
     """Measure a cell and keep it."""
     measured = _frozen(cell, context) if cell.regime == "frozen" else _trained(cell, context)
@@ -301,7 +312,7 @@ def _frozen(cell: Cell, context: Context) -> Measured:
         out.rows += one.rows
         out.answers += one.answers if cell.fraction == 1 else []
         out.means += one.means if cell.fraction == 1 else []
-        out.warnings += one.warnings
+        out.warnings += [f"seed {cell.seed}, {warning}" for warning in one.warnings]
     return out
 
 

@@ -213,11 +213,12 @@ def _assembled(context: Context, started: datetime) -> dict[str, Any]:
         compared, primary=study.primary, regimes=DECIDING, reference=study.reference, margin=study.margin
     )
     everything = [one for parts in found.values() for one in parts]
+    said = [f"{name}: {warning}" for name, parts in found.items() for one in parts for warning in one.warnings]
     return results.assemble(
         [row for one in everything for row in one.rows],
         study=_study(context),
         provenance=account.provenance(started, context.device),
-        data=_data(context, everything),
+        data=_data(context, [*said, *rates_at_an_end(study.finetune.scales, everything)]),
         splits=_splits(context),
         methods=[_method(arm, context) for arm in context.arms],
         comparisons=settled,
@@ -267,8 +268,8 @@ def _study(context: Context) -> dict[str, Any]:
     }
 
 
-def _data(context: Context, measured: list[Measured]) -> dict[str, Any]:
-    data, rates = context.dataset, rates_at_an_end(context.study.finetune.scales, measured)
+def _data(context: Context, said: list[str]) -> dict[str, Any]:
+    data = context.dataset
     labels: dict[str, list[int]] = {}
     for name, asked in context.asked.items():
         task = asked.task
@@ -282,7 +283,7 @@ def _data(context: Context, measured: list[Measured]) -> dict[str, Any]:
         "patients": len(np.unique(data.group)) if data.has_patients else None,
         "labels": labels,
         "excluded": {},
-        "warnings": list(dict.fromkeys([*context.warnings, *(w for one in measured for w in one.warnings), *rates])),
+        "warnings": list(dict.fromkeys([*context.warnings, *said])),
     }
 
 
@@ -343,9 +344,7 @@ def _method(arm: Arm, context: Context) -> dict[str, Any]:
         "objective": config.objective.name if trained else None,
         "init": arm.kind,
         "shuffled": arm.shuffled or None,
-        "encoder": config.encoder.name
-        if arm.kind != "histogram"
-        else "64-bin grey histogram and 64 components of pixels",
+        **cells.network_of(arm, context),
         "epochs": config.train.epochs if trained else 0,
         "images_seen": every.images_seen(arm, data),
         "labels_in_pretraining": None if arm.kind in {"given", "embedded"} and arm.after is None else labels,

@@ -26,6 +26,7 @@ from kladi.evaluate.protocol import Protocol
 from kladi.evaluate.readouts.regimes import Part
 from kladi.evaluate.splits import TEST, TRAIN, VAL
 from kladi.learn import run_folder
+from kladi.models.backbones import Encoder
 
 PACKAGES = ("numpy", "scipy", "scikit-learn", "torch", "timm", "umap-learn")
 
@@ -63,11 +64,18 @@ def study(
     }
 
 
+def network(module: nn.Module | None) -> dict[str, Any]:
+    """What makes the features, and how many parameters they go through; without a network it is grey levels."""
+    if module is None:
+        return {"encoder": "64-bin grey histogram and 64 principal components of 32 x 32 pixels", "parameters": 0}
+    title, used = (module.title, module.reads_with) if isinstance(module, Encoder) else (type(module).__name__, module)
+    return {"encoder": title, "parameters": sum(p.numel() for p in used.parameters())}
+
+
 def method(of: Method, encoder: Subject, dataset: Dataset, digest: str) -> dict[str, Any]:
     """One entry of "methods": null is unknown, 0 is none."""
     about, own = encoder.about, not of.control_of
-    network = own or of.name == "random_encoder"
-    architecture = encoder.architecture.name if encoder.architecture else type(encoder.module).__name__
+    drawn = of.name == "random_encoder"
     trained = own and encoder.init == "pretrained"
     labels: int | None = 0
     if own and about.seen is None:
@@ -77,10 +85,9 @@ def method(of: Method, encoder: Subject, dataset: Dataset, digest: str) -> dict[
     return {
         "method": of.name,
         "objective": about.objective or None if own else None,
-        "init": encoder.init if own else "random" if network else "none",
-        "encoder": architecture if network else "64-bin grey histogram and 64 principal components of 32 x 32 pixels",
+        "init": encoder.init if own else "random" if drawn else "none",
+        **network(encoder.module if own or drawn else None),
         "width": of.width,
-        "parameters": sum(p.numel() for p in encoder.module.parameters()) if network else 0,
         "images_seen": about.images_seen if trained else None if own else 0,
         "epochs": about.epochs if trained else None if own else 0,
         "seed": about.seed if trained else None,
