@@ -66,6 +66,9 @@ objective.name = "none"
 below = "round"
 """
 
+ALONE = ('controls = ["random_encoder", "histogram", "shuffled_labels"]\n', "")
+"""A change that leaves the controls out, which most of the time of a small study goes to."""
+
 
 @pytest.fixture(scope="module", autouse=True)
 def own_home(tmp_path_factory):
@@ -235,7 +238,7 @@ def test_a_damaged_cell_is_measured_again(finished):
 
 
 def test_another_setting_is_never_answered_from_old_cells(finished, ward):
-    path = changed(ward, ("train.epochs = 1", "train.epochs = 2"))
+    path = changed(ward, ALONE, ("train.epochs = 1", "train.epochs = 2"))
     said = []
     compare(path, finished, say=said.append)
     assert sum("encoder    simclr" in line for line in said) == 2
@@ -273,9 +276,9 @@ def test_a_file_that_decides_is_known_by_its_content(ward, tmp_path):
 
 
 def test_an_edited_study_is_read_again_in_the_same_process(ward, tmp_path):
-    path = changed(ward, ("repeats = 2", "repeats = 2"), name="edited.toml")
+    path = changed(ward, ALONE, name="edited.toml")
     compare(path, tmp_path / "S")
-    changed(ward, ("folds = 3", "folds = 4"), name="edited.toml")
+    changed(ward, ALONE, ("folds = 3", "folds = 4"), name="edited.toml")
     compare(path, tmp_path / "S")
     assert results.read(tmp_path / "S")["splits"]["folds"] == 4
 
@@ -297,7 +300,7 @@ def test_the_family_is_the_reference_and_nothing_else(ward):
     """A control of another method is compared with it, but decides nothing."""
     path = changed(
         ward,
-        ('"histogram"', '"shuffled_metadata"'),
+        (', "histogram", "shuffled_labels"', ', "shuffled_metadata"'),
         ("[methods.scratch]", '[methods.metadata]\nobjective.name = "metadata"\n[methods.scratch]'),
     )
     compare(path, ward / "family")
@@ -559,7 +562,7 @@ def test_a_study_measures_a_shift(ward, tmp_path):
     file = changed(ward, ('below = "round"', 'below = "round"\nshift = "Modality"'), name="shift.toml")
     with pytest.raises(UserError, match=r'no column "Modality"; closest: "modality"'):
         compare(file, tmp_path / "S")
-    file = changed(ward, ('below = "round"', 'below = "round"\nshift = "modality"'), name="shift.toml")
+    file = changed(ward, ALONE, ('below = "round"', 'below = "round"\nshift = "modality"'), name="shift.toml")
     compare(file, tmp_path / "S")
     found = results.read(tmp_path / "S")
     places = len(set(cells.context(file, tmp_path / "S").dataset.columns["modality"]))
@@ -732,12 +735,14 @@ def test_embeddings_from_a_file_are_a_method(ward, tmp_path):
     moved = dataclasses.replace(embedded, **{name: getattr(embedded, name)[order] for name in fields}, columns={})
     moved.write(ward / "theirs.npz")
     theirs = '[methods.theirs]\nembeddings = "theirs.npz"\nclassify = { loss = "hxe" }\n[methods.scratch]'
-    file = changed(ward, ("[methods.scratch]", theirs), name="theirs.toml")
+    file = changed(ward, ALONE, ("[methods.scratch]", theirs), name="theirs.toml")
     compare(file, tmp_path / "E")
     found = results.read(tmp_path / "E")
     right = [r["value"] for r in found["rows"] if (r["method"], r["metric"]) == ("theirs", "balanced_accuracy")]
     assert np.mean(right) > 0.95  # in another order, joined by what the images hold
     assert any("which patients its encoder has seen is unknown" in w for w in found["data"]["warnings"])
+    made = next(m for m in found["methods"] if m["method"] == "theirs")
+    assert (made["encoder"], made["parameters"], made["width"]) == ("embeddings from a file", None, told.shape[1])
     fewer = {name: getattr(embedded, name)[3:] for name in fields}
     dataclasses.replace(embedded, **fewer, columns={}).write(ward / "theirs.npz")
     with pytest.raises(UserError, match=r"theirs.npz lacks 3 of 120 images \(rows"):
@@ -831,8 +836,7 @@ def test_shuffled_labels_give_chance_where_the_true_ones_are_plain_to_see():
 
 
 def test_a_study_by_the_published_recipes(ward):
-    controls = 'controls = ["random_encoder", "histogram", "shuffled_labels"]\n'
-    changes = (controls, 'compat = "released"\n'), ('["probe"]', '["probe", "finetune"]'), ("folds = 3", "folds = 3\n")
+    changes = (ALONE[0], 'compat = "released"\n'), ('["probe"]', '["probe", "finetune"]'), ("folds = 3", "folds = 3\n")
     compare(changed(ward, *changes, name="compat.toml"), ward / "compat")
     content = results.read(ward / "compat")
     assert content["study"]["compat"] == "released"
@@ -891,10 +895,9 @@ def test_a_task_that_the_pretraining_was_told_is_named(ward, tmp_path):
 
 
 def test_fine_tuning_that_diverges_is_a_row_with_its_reason(ward, tmp_path):
-    controls = 'controls = ["random_encoder", "histogram", "shuffled_labels"]\n'
     wild = "encoder_lr = 1e5\nhead_lr = 1e5\nscales = [1.0]\nsteps = 4\nepochs = 0\nclip = 1e9"
     recipe = f"[finetune]\n{wild}\n[methods.scratch]"
-    file = changed(ward, (controls, ""), ('["probe"]', '["finetune"]'), ("[methods.scratch]", recipe), name="wild.toml")
+    file = changed(ward, ALONE, ('["probe"]', '["finetune"]'), ("[methods.scratch]", recipe), name="wild.toml")
     compare(file, tmp_path / "wild")
     rows = results.read(tmp_path / "wild")["rows"]
     assert rows
