@@ -160,7 +160,7 @@ def test_a_crop_shows_its_window() -> None:
     st.floats(1.0, 4.0),
     st.tuples(*[st.floats(0, 1, exclude_max=True)] * 3),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_crop_lies_inside_the_image_and_keeps_its_ratio(
     height: int, width: int, area: float, least: float, span: float, u: tuple[float, float, float]
 ) -> None:

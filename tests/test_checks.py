@@ -87,7 +87,7 @@ def test_rows_without_a_file_are_checked_and_not_counted(tmp_path):
     assert [(f.code, f.rows) for f in found] == [("T5", (8,))]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.sampled_from(["a", "b", "c", None]), st.sampled_from(["train", "val", "test", None]))))
 def test_m16_is_found_exactly_where_it_is(tmp_path_factory, rows):
     if not rows:
@@ -265,7 +265,7 @@ def test_all_faults_are_listed_at_once(tmp_path):
     assert {f.code for f in found} == {"M16", "M17", "M4", "T5", "M13", "M15"}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(

@@ -589,7 +589,7 @@ def test_widening_changes_no_number():
     np.testing.assert_array_equal(v / np.float32(255), intensity.widen(v) / np.float32(65535))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     pixels=hnp.arrays(
         st.sampled_from([np.uint8, np.uint16]),

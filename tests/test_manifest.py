@@ -444,7 +444,7 @@ def test_i13_a_damaged_parquet_is_refused(folder, damage):
         manifest.read(folder / "m.parquet", Data())
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_bytes_are_rows_or_one_clear_refusal(folder, data):
     """No exception but UserError, whatever the file holds."""
@@ -463,7 +463,7 @@ def test_any_bytes_are_rows_or_one_clear_refusal(folder, data):
 
 # Without its child process this test ends its own: the reader of polars aborts on some of these bytes.
 @pytest.mark.slow
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(position=st.floats(0, 0.999), byte=st.integers(0, 255))
 def test_i13_any_changed_byte_of_a_parquet_is_text_or_a_refusal(folder, position, byte):
     pl.DataFrame({"path": ["a.png", "b.png"], "label": ["x", "y"]}).write_parquet(folder / "m.parquet")

@@ -59,7 +59,7 @@ def test_knn_equal_votes_go_to_the_class_of_the_nearest():
 
 
 @given(st.integers(0, 50))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_row_order_never_matters_even_in_a_collapsed_encoder(seed):
     rng = np.random.default_rng(seed)
     query, y, gallery, target = clouds(seed, n=12, g=20)

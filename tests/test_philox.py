@@ -40,7 +40,7 @@ def test_known_answers(counter: str, key: str, answer: str) -> None:
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=4, max_size=4), st.tuples(*[st.integers(0, 2**32 - 1)] * 2))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_equals_the_naive_rounds(counter: list[int], key: tuple[int, int]) -> None:
     assert philox.philox(np.array([counter], dtype=np.uint32), key)[0].tolist() == naive(counter, key)
 

@@ -51,7 +51,7 @@ def test_the_file_holds_every_section_sorted_and_no_nan(tmp_path):
 
 
 @given(st.floats(allow_nan=True, allow_infinity=True))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_floats_survive_exactly_and_the_rest_is_null_with_a_reason(value):
     content = results.assemble([row(value=value)])
     kept = json.loads(json.dumps(content))["rows"][0]

@@ -28,7 +28,7 @@ def alone(steps, target):
     return sum(int((np.bincount(t[t >= 0]) == 1).sum()) for t in (np.asarray(target)[s] for s in steps))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(-1, 6), min_size=1, max_size=90), st.integers(1, 5), st.integers(1, 20), st.integers(0, 3))
 def test_no_row_twice_and_only_the_rest_waits(target, per_label, batch, epoch):
     steps = sampled(target, per_label, batch, epoch=epoch)

@@ -46,7 +46,7 @@ def rare(target, group):
 
 
 @given(cohorts())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_folds_are_disjoint_complete_grouped_and_blind_to_order(cohort):
     row_id, target, group, seed = cohort
     if rare(target, group) or len(np.unique(target[target >= 0])) < 2:
@@ -75,7 +75,7 @@ def test_folds_are_disjoint_complete_grouped_and_blind_to_order(cohort):
 
 
 @given(cohorts())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_every_class_is_in_every_fold_where_one_patient_has_one_class(cohort):
     row_id, target, group, seed = cohort
     if (target < 0).any():

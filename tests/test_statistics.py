@@ -106,7 +106,7 @@ def enumerated(d):
 
 
 @given(st.lists(st.integers(-4, 4), min_size=1, max_size=9))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_wilcoxon_equals_enumeration_with_ties_and_zeros(values):
     d = np.array(values, dtype=float)
     test = wilcoxon(d)
@@ -159,7 +159,6 @@ def test_worked_holm():
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
-@settings(deadline=None)
 def test_holm_never_helps_keeps_order_and_stays_between_p_and_bonferroni(p):
     p = np.array(p)
     adjusted = holm(p)

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
@@ -174,7 +174,6 @@ def edges_of(draw, dag: bool = False):
     return edges
 
 
-@settings(deadline=None)
 @given(edges_of(dag=True), st.integers(0, 2**31), st.sampled_from([0.1, 0.7, 1.0]), st.sampled_from([0.0, 0.1]))
 def test_against_dense_matrices(edges, seed, retain, eps):
     tax = Taxonomy.from_edges(edges)
@@ -193,7 +192,6 @@ def test_against_dense_matrices(edges, seed, retain, eps):
     assert torch.allclose(ours.grad, theirs.grad, atol=1e-11)
 
 
-@settings(deadline=None)
 @given(edges_of(), st.integers(0, 2**31), st.sampled_from([1.0, 60.0]))
 def test_two_ways_to_one_number(edges, seed, size):
     """Plain sums and a maximum a segment; with logits this large the plain sums give up."""
