@@ -8,30 +8,24 @@ these patients, and Holm's correction is over the table. Intervals by patient ar
 """
 
 import argparse
-import json
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
+from kladi.evaluate.record import results
+from kladi.evaluate.statistics import holm
+from kladi.report.wording import p_value
+
 
 def values(folder, metric, regime):
     """(method, task) -> mean over the folds of each repeat, in the order of the repeats."""
     found = defaultdict(lambda: defaultdict(list))
-    for row in json.loads((folder / "results.json").read_text())["rows"]:
+    for row in results.read(folder)["rows"]:
         if (row["metric"], row["regime"], row.get("label_fraction", 1.0)) == (metric, regime, 1.0):
             found[row["method"], row["dataset"]][row["repeat"]].append(row["value"])
     return {key: np.array([np.mean(by[repeat]) for repeat in sorted(by)]) for key, by in found.items()}
-
-
-def holm(p):
-    """Holm's correction: p_(k) (m - k) in ascending order, never falling, at most 1."""
-    order = np.argsort(p)
-    steps = np.minimum(1, np.array(p)[order] * np.arange(len(p), 0, -1))
-    out = np.empty(len(p))
-    out[order] = np.maximum.accumulate(steps)
-    return out
 
 
 def detectable(pairs, power=0.8):
@@ -54,7 +48,7 @@ def main():
     parser.add_argument("--regime", default="probe")
     asked = parser.parse_args()
     of = {folder.name: values(folder, asked.metric, asked.regime) for folder in asked.studies}
-    said = json.loads((asked.studies[0] / "results.json").read_text())
+    said = results.read(asked.studies[0])
     reference, tasks = said["study"]["reference"], said["study"]["tasks"]
     methods = [method["method"] for method in said["methods"]]
     for task in tasks:
@@ -74,12 +68,12 @@ def main():
     tests = [stats.ttest_1samp(d, 0) for d in pairs]
     rows = []
     for (method, task, differences), d, test, corrected in zip(
-        compared, pairs, tests, holm([t.pvalue for t in tests]), strict=True
+        compared, pairs, tests, holm(np.array([t.pvalue for t in tests])), strict=True
     ):
         low, high = test.confidence_interval()
         each = [f"{one.mean():+.3f}" for one in differences]
         interval = f"[{low:+.3f}, {high:+.3f}]"
-        rows.append([method, task, *each, f"{d.mean():+.3f}", interval, f"{test.pvalue:.3f}", f"{corrected:.3f}"])
+        rows.append([method, task, *each, f"{d.mean():+.3f}", interval, p_value(test.pvalue), p_value(corrected)])
     table([f"{reference} less", "task", *of, "mean", "95 % over pairs", "p", "p, Holm"], rows)
     print(f"{len(pairs[0])} pairs: 80 % power takes a difference of {detectable(len(pairs[0])):.2f} of its deviations")
 

@@ -263,10 +263,11 @@ def _encoder(arm: Arm, seed: int, context: Context) -> Encoder:
 def network_of(arm: Arm, context: Context) -> dict[str, Any]:
     """What makes the arm's features: "encoder" in words, "parameters" that they go through, and their "width"."""
     arm = _source(arm, context)
-    width = prepared(arm, 0, context).features.shape[1]
+    grey = arm.kind == "histogram"
+    width = Method(arm.name, prepared(arm, 0, context).features, grey=grey).width
     if arm.kind == "embedded":
         return {"encoder": "embeddings from a file", "parameters": None, "width": width}
-    return {**network(None if arm.kind == "histogram" else every.fresh(arm.config, 0)), "width": width}
+    return {**network(None if grey else every.fresh(arm.config, 0)), "width": width}
 
 
 def run(cell: Cell, context: Context) -> None:
