@@ -22,6 +22,7 @@ import polars as pl
 import cells
 from kladi.evaluate.record import results
 from kladi.report import page
+from kladi.report.wording import p_value
 from kladi.study.compare import compare
 
 STUDIES = Path(__file__).parent / "studies"
@@ -101,10 +102,9 @@ def differences(content: Mapping[str, Any], metric: str) -> str:
     for c in content["comparisons"]:
         if c["metric"] == metric and c["reference"] == study["reference"] and c["interval"]:
             low, high = c["interval"]
-            p = "" if c["holm_p"] is None else f"{c['holm_p']:.3f}"
             lines.append(
                 f"| {c['method']} | {c['dataset']}, {c['regime']} | {c['difference']:+.3f} | "
-                f"[{low:+.3f}, {high:+.3f}] | {p} | {c['verdict']} |"
+                f"[{low:+.3f}, {high:+.3f}] | {p_value(c['holm_p'])} | {c['verdict']} |"
             )
     return "\n".join(lines)
 

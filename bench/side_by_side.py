@@ -2,12 +2,16 @@
 
     python bench/side_by_side.py runs/topology-simclr runs/topology-byol --against image,longer,views
 
-A value is the mean over the folds of a repeat; with as many repeats as seeds it is of one pretraining. Pairs are of one
-study and repeat, so all share their folds: a paired t test over them speaks of pretraining again with these methods, on
-these patients, and Holm's correction is over the table. Intervals by patient are in each study's own report.
+A value is the mean over the folds of a repeat; with as many repeats as seeds it is of one pretraining; `--values` keeps
+them all. A further task is the mean of all tasks. Pairs are of one study and repeat, so all share their folds: a paired
+t test over them speaks of pretraining again with these methods, on these patients, and Holm's correction is over the
+table. The interval over the means of the studies speaks of another method. Intervals by patient are in each study's
+own report.
 """
 
 import argparse
+import csv
+import itertools
 from collections import defaultdict
 from pathlib import Path
 
@@ -18,14 +22,18 @@ from kladi.evaluate.record import results
 from kladi.evaluate.statistics import holm
 from kladi.report.wording import p_value
 
+ALL = "all tasks"
+
 
 def values(folder, metric, regime):
-    """(method, task) -> mean over the folds of each repeat, in the order of the repeats."""
+    """(method, task) -> mean over the folds of each repeat, in the order of the repeats; a task more is their mean."""
     found = defaultdict(lambda: defaultdict(list))
     for row in results.read(folder)["rows"]:
         if (row["metric"], row["regime"], row.get("label_fraction", 1.0)) == (metric, regime, 1.0):
             found[row["method"], row["dataset"]][row["repeat"]].append(row["value"])
-    return {key: np.array([np.mean(by[repeat]) for repeat in sorted(by)]) for key, by in found.items()}
+    each = {key: np.array([np.mean(by[repeat]) for repeat in sorted(by)]) for key, by in found.items()}
+    methods, tasks = ({key[place]: 0 for key in each} for place in (0, 1))
+    return each | {(name, ALL): np.mean([each[name, task] for task in tasks], axis=0) for name in methods}
 
 
 def detectable(pairs, power=0.8):
@@ -36,8 +44,51 @@ def detectable(pairs, power=0.8):
     return float(sizes[np.argmax(found >= power)])
 
 
+def keep(file, of):
+    """Every value as a row of a CSV."""
+    with file.open("w", newline="") as out:
+        rows = csv.writer(out, lineterminator="\n")
+        rows.writerow(["study", "method", "task", "repeat", "value"])
+        for name, found in of.items():
+            for (method, task), each in found.items():
+                rows.writerows([name, method, task, repeat, f"{value:.4f}"] for repeat, value in enumerate(each))
+
+
 def table(head, rows):
-    print("\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows]), end="\n\n")
+    lines = [f"| {' | '.join(cells)} |" for cells in [head, *rows]]
+    print("\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]]), end="\n\n")
+
+
+def interval(test):
+    low, high = test.confidence_interval()
+    return f"[{low:+.3f}, {high:+.3f}]"
+
+
+def means(of, methods, task):
+    """What each study measured of each method."""
+    rows = []
+    for method in methods:
+        each = [found[method, task] for found in of.values()]
+        shown = [f"{v.mean():.3f} ± {v.std(ddof=1):.3f}" for v in each]
+        rows.append([method, *shown, f"{np.mean([v.mean() for v in each]):.3f}"])
+    table([task, *of, "mean"], rows)
+
+
+def differences(of, reference, others, tasks):
+    """What the reference has more than each of the others, over pairs of one study and repeat."""
+    asked = list(itertools.product(others, tasks))
+    by = [[found[reference, task] - found[other, task] for found in of.values()] for other, task in asked]
+    tests = [stats.ttest_1samp(np.concatenate(each), 0) for each in by]
+    corrected = holm(np.array([test.pvalue for test in tests]))
+    rows = []
+    for (other, task), each, test, p in zip(asked, by, tests, corrected, strict=True):
+        found = np.array([one.mean() for one in each])
+        over = interval(stats.ttest_1samp(found, 0)) if len(found) > 1 else ""
+        said = [f"{value:+.3f}" for value in (*found, np.concatenate(each).mean())]
+        rows.append([other, task, *said, interval(test), p_value(p), over])
+    table([f"{reference} less", "task", *of, "mean", "95 % over pairs", "p, Holm", "95 % over studies"], rows)
+    pairs = tests[0].df + 1
+    print(f"{pairs} pairs: 80 % power takes a difference of {detectable(pairs):.2f} of its deviations")
 
 
 def main():
@@ -46,36 +97,21 @@ def main():
     parser.add_argument("--against", default="", help="methods that the reference is compared with; all where nothing")
     parser.add_argument("--metric", default="balanced_accuracy")
     parser.add_argument("--regime", default="probe")
+    parser.add_argument("--values", type=Path, help="a CSV to write every value to")
     asked = parser.parse_args()
     of = {folder.name: values(folder, asked.metric, asked.regime) for folder in asked.studies}
+    if asked.values:
+        keep(asked.values, of)
     said = results.read(asked.studies[0])
-    reference, tasks = said["study"]["reference"], said["study"]["tasks"]
+    reference, tasks = said["study"]["reference"], [*said["study"]["tasks"], ALL]
     methods = [method["method"] for method in said["methods"]]
+    others = asked.against.split(",") if asked.against else [name for name in methods if name != reference]
+    unknown = [name for name in others if name not in methods]
+    if unknown:
+        parser.error(f"--against {unknown[0]}: the methods are {', '.join(methods)}")
     for task in tasks:
-        rows = []
-        for method in methods:
-            each = [of[name][method, task] for name in of]
-            shown = [f"{v.mean():.3f} ± {v.std(ddof=1):.3f}" for v in each]
-            rows.append([method, *shown, f"{np.mean([v.mean() for v in each]):.3f}"])
-        table([task, *of, "mean"], rows)
-    compared = [
-        (method, task, [of[name][reference, task] - of[name][method, task] for name in of])
-        for method in (asked.against.split(",") if asked.against else methods)
-        for task in tasks
-        if method != reference
-    ]
-    pairs = [np.concatenate(differences) for *_, differences in compared]
-    tests = [stats.ttest_1samp(d, 0) for d in pairs]
-    rows = []
-    for (method, task, differences), d, test, corrected in zip(
-        compared, pairs, tests, holm(np.array([t.pvalue for t in tests])), strict=True
-    ):
-        low, high = test.confidence_interval()
-        each = [f"{one.mean():+.3f}" for one in differences]
-        interval = f"[{low:+.3f}, {high:+.3f}]"
-        rows.append([method, task, *each, f"{d.mean():+.3f}", interval, p_value(test.pvalue), p_value(corrected)])
-    table([f"{reference} less", "task", *of, "mean", "95 % over pairs", "p", "p, Holm"], rows)
-    print(f"{len(pairs[0])} pairs: 80 % power takes a difference of {detectable(len(pairs[0])):.2f} of its deviations")
+        means(of, methods, task)
+    differences(of, reference, others, tasks)
 
 
 if __name__ == "__main__":

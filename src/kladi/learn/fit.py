@@ -13,7 +13,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -282,7 +282,7 @@ def _not_finite(t: Training, batch: Batch, terms: Mapping[str, Tensor], norm: Te
 
 
 @contextlib.contextmanager
-def _repeatable(train: settings.Train) -> Iterator[Fabric]:
+def _repeatable(train: settings.Train) -> Generator[Fabric]:
     """Device and precision; torch's generators and switches are the caller's own again afterwards."""
     if train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by the first CUDA call
@@ -331,7 +331,7 @@ def _go_on(t: Training, run: Path, found: checkpoint.Found, log: Log) -> None:
 
 
 @contextlib.contextmanager
-def _worded(run: Path, config: settings.Config) -> Iterator[None]:
+def _worded(run: Path, config: settings.Config) -> Generator[None]:
     """An outside cause becomes RunStopped, with the checkpoint that remains; a fault of ours stays what it is."""
     try:
         yield

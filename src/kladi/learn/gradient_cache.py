@@ -10,7 +10,7 @@ Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory L
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 from lightning_fabric import Fabric
@@ -55,7 +55,7 @@ def backward(objective: Supervised, batch: Batch, fabric: Fabric, seed: int, chu
 
 
 @contextlib.contextmanager
-def _statistics_at_rest(module: nn.Module) -> Iterator[None]:
+def _statistics_at_rest(module: nn.Module) -> Generator[None]:
     """Batch normalisation as in training, with running statistics that stay: each image counts once, not twice."""
     layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     for layer in layers:

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from kladi.errors import RunStopped, UserError
 
 
 @contextmanager
-def held(run: Path, force: bool = False) -> Iterator[None]:
+def held(run: Path, force: bool = False) -> Generator[None]:
     """Hold the lock of a run folder for the length of a `with` block.
 
     A lock whose process is dead on this host is taken over; one of another host only by `force`, because nobody here

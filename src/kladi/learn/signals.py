@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -39,7 +39,7 @@ class Requests:
 
 
 @contextmanager
-def heard() -> Iterator[Requests]:
+def heard() -> Generator[Requests]:
     """Take note of signals for the length of a `with` block. Outside the main thread nothing is heard."""
     requests = Requests()
     if threading.current_thread() is not threading.main_thread():
@@ -55,7 +55,7 @@ def heard() -> Iterator[Requests]:
 
 
 @contextmanager
-def at_once() -> Iterator[None]:
+def at_once() -> Generator[None]:
     """INT and TERM end the process without a word: for a wait in which no Python runs and nothing could be heard."""
     if threading.current_thread() is not threading.main_thread():
         yield

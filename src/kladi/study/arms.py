@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -217,7 +217,7 @@ def _aligned(arm: Arm, dataset: Dataset) -> Embeddings:
 
 
 @contextlib.contextmanager
-def _mendable(folder: Path) -> Iterator[None]:
+def _mendable(folder: Path) -> Generator[None]:
     """What is wrong with one run of a study never costs the study."""
     try:
         yield
