@@ -1,5 +1,6 @@
 """Where a diagram looks: the thing in front of its ground, cut out, and the range of its own grey levels."""
 
+import nibabel
 import numpy as np
 import polars as pl
 import pytest
@@ -11,6 +12,8 @@ from PIL import Image
 from kladi import config as settings
 from kladi import toy
 from kladi.data.load import load
+from kladi.data.pixels.frame import Unreadable
+from kladi.data.pixels.masks import MaskFile
 from kladi.data.views import kept_strengths, whole
 from kladi.data.views.calibration import Strengths
 from kladi.data.views.partners import partners
@@ -198,7 +201,7 @@ def test_an_encoder_with_masks_reads_them_in_evaluation(masked):
     rows = np.arange(len(data))
     image, points, mask = fused.reader(encoder, data, config.intensity, torch.device("cpu"))(rows)
     plain_points, _ = encoder.tokens(image)
-    has = np.array([path is not None for path in data.masks])
+    has = np.array([mask is not None for mask in data.masks])
     same = [torch.equal(a, b) for a, b in zip(points, plain_points, strict=True)]
     assert not any(np.array(same)[has])
     assert all(np.array(same)[~has])
@@ -210,14 +213,16 @@ def test_masks_that_cannot_be_are_named(masked):
     config = masked_config(masked)
     table = pl.read_csv(masked)
     first = masked.parent / table["mask"][0]
-    Image.fromarray(np.ones((16, 9), dtype=np.uint8)).save(first)
     data, _ = load(masked, config)
-    (row,) = np.flatnonzero([path == first for path in data.masks])
+    (row,) = np.flatnonzero([mask is not None and mask.path == first for mask in data.masks])
     seen = whole.pictures(data, np.array([row]), config.intensity)
-    with pytest.raises(UserError, match=r"the mask 0.png is 9 x 16, its image has another shape"):
-        whole.masks(data, np.array([row]), seen, "mask")
+    Image.fromarray(np.ones((16, 9), dtype=np.uint8)).save(first)
+    with pytest.raises(UserError, match=r"the mask 0.png is 9 x 16, its image has another shape: row 1"):
+        load(masked, config)
     first.write_text("no picture")
-    with pytest.raises(UserError, match=r"row 1: the mask 0.png "):
+    with pytest.raises(UserError, match=r"the mask 0.png .*: row 1"):
+        load(masked, config)
+    with pytest.raises(UserError, match=r"row 1: the mask 0.png "):  # it was sound when the data were read
         whole.masks(data, np.array([row]), seen, "mask")
     first.unlink()
     with pytest.raises(UserError, match="mask: file missing: row 1"):
@@ -228,6 +233,22 @@ def test_masks_that_cannot_be_are_named(masked):
     table.drop("mask").write_csv(masked)
     with pytest.raises(UserError, match=r'--topology.region mask needs a column "mask"'):
         load(masked, config)
+
+
+def test_a_mask_of_a_volume_is_that_of_the_frame(tmp_path):
+    """However small a part of the volume it is."""
+    volume = np.zeros((40, 40, 30), dtype=np.uint8)
+    volume[10:20, 10:20, 7] = 3
+    path = tmp_path / "lesion.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), path)
+    extent = np.array([0, 0, 40, 40])
+    assert MaskFile(path, 7).read(extent, 40).sum() == 100
+    assert not MaskFile(path, 8).read(extent, 40).any()
+    with pytest.raises(Unreadable, match=r"the mask lesion.nii.gz frame 30 does not exist"):
+        MaskFile(path, 30).read(extent, 40)
+    flat = tmp_path / "flat.png"
+    Image.fromarray(volume[:, :, 7]).save(flat)
+    assert MaskFile(flat, 7).read(extent, 40).sum() == 100
 
 
 # --- partners ------------------------------------------------------------------------------------------------------
@@ -263,12 +284,27 @@ def test_partners_hang_on_the_rows_alone():
 
 
 def test_looks_have_one_mark_where_they_are_equal():
-    """Of grey levels, box and mask: each by itself makes another."""
+    """Of pixels, grey levels, box and mask: each by itself makes another."""
     mask = np.zeros((8, 8), dtype=bool)
     mask[2:6, 2:6] = True
     hole = mask.copy()
     hole[3, 3] = False
     regions = (None, Region.of(mask), Region.of(np.roll(mask, 1, axis=0)), Region.of(hole), Region.of(mask))
     looks = Looks(8, np.zeros(5), np.array([1.0, 1.0, 1.0, 1.0, 0.5]), regions)
-    assert len(set(looks.marks.tolist())) == 5
-    assert (looks.some([1, 2]).marks == looks.marks[1:3]).all()
+    pixels = np.full(5, 7, dtype=np.uint64)
+    marks = looks.marks(pixels)
+    assert len(set(marks.tolist())) == 5
+    assert (looks.some([1, 2]).marks(pixels[1:3]) == marks[1:3]).all()
+    assert not (looks.marks(pixels + np.uint64(1)) == marks).any()
+
+
+def test_a_flat_region_has_no_topology():
+    """What resampling rounds is no structure: the diagram is empty, not one of noise over the whole range."""
+    mask = disc(inside=1.0, ground=0.0) > 0.5
+    noise = 1e-7 * np.random.default_rng(0).normal(size=(48, 48))
+    for image, where in ((disc(inside=0.7), [mask]), (0.3 + noise, [])):
+        looks = Looks.of(tensor(image), 20, where)
+        found = diagram(looks.v(tensor(image))[0])
+        assert len(found.h0) == len(found.h1) == 0
+    step = disc(inside=0.3 + 1 / 65535, ground=0.3)
+    assert Looks.of(tensor(step), 48).v(tensor(step)).max() == pytest.approx(1)

@@ -73,6 +73,14 @@ def test_order_of_points_and_length_of_padding_do_not_matter():
     )
 
 
+def test_births_and_deaths_are_not_rounded_to_bfloat16():
+    module, tokens, mask = TopologyEncoder(TINY, heads=2), torch.rand(2, 10, 2), torch.ones(2, 10, dtype=torch.bool)
+    wanted = module._points(tokens, mask)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(module._points(tokens, mask)[0], wanted)
+        assert module(tokens, mask).isfinite().all()
+
+
 def test_a_point_says_its_dimension():
     module, (tokens, _) = encoder(), diagrams(1)
     first, second = torch.zeros(1, 10, dtype=torch.bool), torch.zeros(1, 10, dtype=torch.bool)

@@ -188,6 +188,32 @@ def test_a_region_is_looked_at_in_both_views_and_in_evaluation():
         np.testing.assert_allclose(found.h1, diagram(v).h1, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"topology__sees": "diagram", "topology__diagrams": "none"}, "would see nothing at all"),
+        ({"topology__sees": "image", "topology__diagrams": "another"}, "has no say with --topology.sees image"),
+        ({"topology__side": 17}, "an image of --intensity.size 16 has no more than 16"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(tmp_path, change, words):
+    with pytest.raises(UserError, match=words):
+        fit(tiny.data(), tiny.settings(**ON, **change), tmp_path, progress=Silent())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [({"topology__region": "mask"}, "masks"), ({"topology__diagrams": "another"}, "other images")]
+)
+def test_an_image_alone_does_not_tell_what_the_encoder_was_trained_with(change, words):
+    config = tiny.settings(**ON, **change)
+    encoder = fused.fused(backbones.build(config.encoder, config.intensity), config.topology).eval()
+    image = torch.zeros(2, config.intensity.channels, 16, 16)
+    with pytest.warns(UserWarning, match=words):
+        alone = encoder(image)
+    assert torch.equal(encoder(image, *encoder.tokens(image)), alone)
+
+
 @pytest.mark.slow
 def test_strengths_are_measured_once_and_kept(tmp_path, monkeypatch):
     data = tiny.data(size=24)
@@ -238,6 +264,7 @@ def test_the_three_stages_hand_over_what_they_trained(tmp_path):
     fit(data, tiny.settings(objective__name="byol", encoder__args={"drop_rate": 0.2}), first, progress=Silent())
     alone = {**ON, "objective__name": "byol", "topology__sees": "diagram"}
     fit(data, tiny.settings(**alone, init__weights=str(first)), second, progress=Silent())
+    assert "tensors matched, 0 missing, 0 unexpected; diagram encoder new" in (second / "log.txt").read_text()
     image, both = kladi.load(first), kladi.load(second)
     assert all(torch.equal(both.model.state_dict()[n], t) for n, t in image.model.state_dict().items())
     found = embed(both, data, head=heads.load(second))
@@ -245,6 +272,7 @@ def test_the_three_stages_hand_over_what_they_trained(tmp_path):
     assert np.linalg.matrix_rank(found.features) > 1
     config = tiny.settings(**ON, objective__name="byol", init__weights=str(second), topology__scale=0.4)
     t = training.assemble(data, config, training.device(config.train))
+    assert str(t.match).endswith("; diagram encoder read")
     for name, tensor in t.encoder.state_dict().items():
         assert torch.equal(tensor, both.state_dict()[name]), name
     assert all(p.requires_grad for p in t.encoder.parameters())
@@ -268,6 +296,12 @@ def test_the_diagram_stage_moves_the_diagram_encoder_alone(tmp_path):
     }
 
 
+def test_a_run_that_was_killed_while_it_began_is_begun_again(tmp_path):
+    (tmp_path / "strengths.json").write_text("half a tab")
+    fit(tiny.data(), tiny.settings(**ON), tmp_path, resume=True, progress=Silent())
+    assert (tmp_path / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("given", ["none", "another"])
 def test_the_controls_are_evaluated_as_they_were_trained(tmp_path, given):
     data = tiny.data()
@@ -283,7 +317,7 @@ def test_the_controls_are_evaluated_as_they_were_trained(tmp_path, given):
     else:
         order = partners(data.split, data.group, data.row_id)
         wanted = encoder(x, *encoder.tokens(x[torch.from_numpy(order)]))
-        assert not np.allclose(found, encoder(x).detach().numpy(), atol=1e-4)
+        assert not np.allclose(found, encoder(x, *encoder.tokens(x)).detach().numpy(), atol=1e-4)
     np.testing.assert_allclose(found, wanted.detach().numpy(), atol=1e-5)
 
 

@@ -33,7 +33,12 @@ Run = Annotated[Path, Parameter(help="A run folder that `kladi pretrain` wrote."
 Taxonomy = Annotated[Path | None, Parameter(help="Label tree: .csv, .tsv, .json, .nwk or .obo.")]
 ConfigFile = Annotated[Path | None, Parameter(help="A plan that `kladi plan` wrote; edit it freely.")]
 Overrides = Annotated[
-    str, Parameter(help="Any key of the plan, as --section.key value.", allow_leading_hyphen=True, negative=())
+    str,
+    Parameter(
+        help="Any key of the plan, as --section.key value; kladi list keys names them.",
+        allow_leading_hyphen=True,
+        negative=(),
+    ),
 ]
 
 

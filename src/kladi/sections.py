@@ -212,9 +212,9 @@ class Topology:
     on: bool = False
     """Fuse diagrams into the encoder, and train on pairs of views whose change of topology is bounded."""
     sees: typing.Literal["both", "image", "diagram"] = "both"
-    """What the encoder looks at: image and diagram; the image alone, a control; or the diagram alone, a first stage."""
+    """What the encoder looks at: both; the image alone, a control; or the diagram alone, a first stage."""
     diagrams: typing.Literal["own", "none", "another"] = "own"
-    """Whose diagrams it is given: the image's own; none, or those of another patient's image, two controls."""
+    """Whose diagrams it is given: the image's own; none (empty ones), or those of another patient's image: controls."""
     scale: float = 1.0
     """Factor on the learning rate of the diagram encoder, e.g. below 1 where it was trained before."""
     encoder: typing.Literal["auto", "paper", "small"] = "auto"
@@ -222,7 +222,7 @@ class Topology:
     side: int = 0
     """Side of the square that diagrams are made of, pixels; 0: that of the image, at most 112."""
     region: typing.Literal["whole", "foreground", "mask"] = "whole"
-    """Where a diagram is made: everywhere, in the thing in front of its ground, or inside the file in column mask."""
+    """Where a diagram is made: the whole image, its foreground, or inside the mask, a file that column mask names."""
     calibration: int = 128
     """Training images that the strengths of the bounded views are measured on, one a patient."""
     draws: int = 8

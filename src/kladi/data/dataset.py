@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int, UInt64
 
 from kladi.data.decoded.store import Store
 from kladi.data.modalities import Modality
+from kladi.data.pixels.masks import MaskFile
 from kladi.structure.labelset import LabelSets
 from kladi.structure.taxonomy import Taxonomy
 
@@ -32,7 +32,7 @@ class Dataset:
     label_sets: the metadata; None where no column was asked for.
     columns: the metadata (and site, source, ...) as text for reports, "" where unknown.
     has_patients: whether `group` comes from patient ids.
-    masks: file of each row's mask, None where it has none; empty where they were not asked for.
+    masks: of each row, None where it has none; empty where they were not asked for.
     modalities: tables beside the images, those that were asked for.
     """
 
@@ -46,7 +46,7 @@ class Dataset:
     label_sets: LabelSets | None
     columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     has_patients: bool = False
-    masks: tuple[Path | None, ...] = ()
+    masks: tuple[MaskFile | None, ...] = ()
     modalities: tuple[Modality, ...] = ()
 
     def __len__(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from kladi.data.decoded import store
 from kladi.data.decoded.store import Store
 from kladi.data.findings import Finding, line, merged
 from kladi.data.modalities import Beside
+from kladi.data.pixels.frame import Limits, Unreadable
+from kladi.data.pixels.masks import MaskFile
 from kladi.data.rows import checks, manifest, sample
 from kladi.data.rows.labels import file_tree
 from kladi.data.rows.manifest import ROLES, Manifest
@@ -75,6 +78,8 @@ def inspect(data: str | Path, config: settings.Config) -> Inspection:
     taxonomy, tree_findings = _taxonomy(rows, config.data)
     supervised = config.objective.name in WITH_LABELS
     findings = [*rows.findings, *tree_findings, *checks.check(rows, config.data, taxonomy, supervised=supervised)]
+    if config.topology.region == "mask":
+        findings += checks.masks(rows, allow_outside=config.data.allow_outside)
     built, pixel_findings = store.build(
         [rows.root / path for path in rows.table["path"]],
         rows.table["frame"].to_list(),
@@ -84,8 +89,8 @@ def inspect(data: str | Path, config: settings.Config) -> Inspection:
         config=config.data,
     )
     findings += pixel_findings
-    if config.topology.region == "mask":
-        findings += checks.masks(rows, allow_outside=config.data.allow_outside)
+    if config.topology.region == "mask" and built is not None:
+        findings += _unreadable_masks(rows, built, Limits.of(config.data))
     left_out = {row for f in findings if f.severity == "left out" for row in f.rows}
     asked = len({*rows.table["row"].to_list(), *left_out})
     if asked and len(left_out) / asked > config.data.max_left_out:
@@ -135,10 +140,36 @@ def join(inspection: Inspection, config: settings.Config) -> Dataset:
     )
 
 
-def _masks(table: pl.DataFrame, root: Path) -> tuple[Path | None, ...]:
+def _masks(table: pl.DataFrame, root: Path) -> tuple[MaskFile | None, ...]:
     """Checked by `inspect`."""
     found = locate(root, table["mask"], allow_outside=True)
-    return tuple(None if path is None else root / path for path in found.path)
+    frames = table["frame"].to_list()
+    return tuple(
+        None if path is None else MaskFile(root / path, frame) for path, frame in zip(found.path, frames, strict=True)
+    )
+
+
+def _unreadable_masks(rows: Manifest, pixels: Store, limits: Limits) -> list[Finding]:
+    """Every mask is read once before anything is trained: a fault in the middle of a run would cost the run."""
+    table = rows.table[pixels.source.tolist()]
+    masks, side = _masks(table, rows.root), pixels.images.shape[-1]
+
+    def fault(position: int) -> tuple[str, str] | None:
+        mask = masks[position]
+        try:
+            if mask is not None:
+                mask.read(pixels.extent[position], side, limits)
+        except Unreadable as error:
+            return error.code, str(error)
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        faults = list(pool.map(fault, range(len(masks))))
+    return [
+        Finding(found[0], "error", found[1], (row,))
+        for found, row in zip(faults, table["row"].to_list(), strict=True)
+        if found is not None
+    ]
 
 
 def store_folder(data: settings.Data) -> Path:

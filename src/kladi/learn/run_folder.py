@@ -124,6 +124,7 @@ def require_empty(run: Path) -> None:
 BEFORE_BEGIN = {
     "lock",
     "log.txt",
+    "strengths.json",
     "taxonomy.json",
     "synonyms.toml",
     "rows.safetensors",
@@ -292,12 +293,13 @@ def _masks_digest(dataset: Dataset) -> str:
     """Over the files that say where each image is looked at; not the order of the rows."""
     seen = hashlib.sha256()
     for row in np.argsort(dataset.row_id):
-        path = dataset.masks[row]
+        mask = dataset.masks[row]
         try:
-            seen.update(b"none" if path is None else hashlib.sha256(path.read_bytes()).digest())
+            content = b"" if mask is None else mask.path.read_bytes()
         except OSError as error:
-            known = f"row {dataset.manifest_row[row]:,}: the mask {path.name if path else ''}"
+            known = f"row {dataset.manifest_row[row]:,}: the mask {mask.path.name if mask else ''}"
             raise UserError(f"{known} cannot be read ({error.strerror})") from error
+        seen.update(hashlib.sha256(content).digest() + str(mask and mask.frame).encode())
     return seen.hexdigest()
 
 

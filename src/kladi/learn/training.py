@@ -147,6 +147,11 @@ def _bounded(
     """Where views come from if topology is on."""
     if not config.topology.on:
         return None
+    sees, given = config.topology.sees, config.topology.diagrams
+    if (sees, given) == ("diagram", "none"):
+        raise UserError("--topology.diagrams none: an encoder with --topology.sees diagram would see nothing at all")
+    if sees == "image" and given != "own":
+        raise UserError(f"--topology.diagrams {given} has no say with --topology.sees image")
     diagram(np.zeros((1, 1)))  # whether the package is there, before anything is measured
     side = side_of(config.topology, config.intensity.size)
     tokens = encoder.sight.tokens if isinstance(encoder, Fused) else None

@@ -108,12 +108,14 @@ class Match:
 
     matched: read. missing: in the encoder only, left as they were. unexpected: in the file only, ignored.
     adapted: read after their input channels were summed or spread; these count as matched.
+    beside: what became of a diagram encoder beside it, in words.
     """
 
     matched: tuple[str, ...]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     adapted: tuple[str, ...] = ()
+    beside: str = ""
 
     @property
     def share(self) -> float:
@@ -124,7 +126,8 @@ class Match:
             f"{len(self.matched)} of {len(self.matched) + len(self.missing)} tensors matched"
             f"{_some('missing', self.missing)}{_some('unexpected', self.unexpected)}"
         )
-        return text + (f"; input channels adapted in {self.adapted[0]}" if self.adapted else "")
+        text += f"; input channels adapted in {self.adapted[0]}" if self.adapted else ""
+        return text + (f"; {self.beside}" if self.beside else "")
 
 
 @contextlib.contextmanager

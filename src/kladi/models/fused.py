@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,16 @@ class Sight:
         return self.given == "none" or (self.given == "own" and self.region != "mask")
 
     @property
+    def differs(self) -> str:
+        """Why the diagram of an image alone is not what the encoder was trained with."""
+        if self.given == "another":
+            return "this encoder was trained with diagrams of other images, and is given those of the images themselves"
+        return (
+            "this encoder was trained on diagrams inside masks, and of an image alone it looks at the whole; "
+            "encoder(image, *encoder.tokens(image, masks)) looks inside them"
+        )
+
+    @property
     def width(self) -> int:
         """Of the representation."""
         return EMBED if self.sees == "diagram" else OUT
@@ -97,6 +108,8 @@ class Fused(Encoder):
         mask: Bool[Tensor, "B k"] | None = None,
     ) -> Float[Tensor, "B F"]:
         if points is None or mask is None:
+            if not self.sight.alone:
+                warnings.warn(self.sight.differs, stacklevel=2)
             points, mask = self.tokens(image)
         return self.fuse(image, points, mask)
 
@@ -192,7 +205,13 @@ def file_masks(
 
 
 def side_of(topology: settings.Topology, size: int) -> int:
-    """Side of the square that diagrams are made of."""
+    """Side of the square that diagrams are made of.
+
+    Raises:
+        UserError: it is larger than the image.
+    """
+    if topology.side > size:
+        raise UserError(f"--topology.side {topology.side}: an image of --intensity.size {size} has no more than {size}")
     return topology.side or min(size, MOST_SIDE)
 
 
@@ -236,13 +255,15 @@ def load_weights(encoder: Encoder, path: str | Path) -> Match:
         UserError: as `backbones.load_weights`; or the run's diagram encoder is of another size.
     """
     match, run = backbones.load_weights(encoder, path), Path(path)
-    if isinstance(encoder, Fused) and run.is_dir():
-        described = description(run)
-        if described is not None:
-            if described.size != encoder.sight.size:
-                raise UserError(f'{run}: its diagram encoder is "{described.size}", not "{encoder.sight.size}"')
-            _fill(encoder, run)
-    return match
+    if not isinstance(encoder, Fused):
+        return match
+    described = description(run) if run.is_dir() else None
+    if described is None:
+        return dataclasses.replace(match, beside="diagram encoder new")
+    if described.size != encoder.sight.size:
+        raise UserError(f'{run}: its diagram encoder is "{described.size}", not "{encoder.sight.size}"')
+    _fill(encoder, run)
+    return dataclasses.replace(match, beside="diagram encoder read")
 
 
 def description(run: Path) -> Sight | None:
@@ -253,7 +274,10 @@ def description(run: Path) -> Sight | None:
     """
     if not (run / "config.json").is_file():
         return None
-    found = json.loads((run / "config.json").read_text(encoding="utf-8")).get("kladi", {}).get("topology")
+    try:
+        found = json.loads((run / "config.json").read_text(encoding="utf-8")).get("kladi", {}).get("topology")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{run}/config.json cannot be read as JSON; the run is damaged") from error
     if found is None:
         return None
     with contextlib.suppress(TypeError, AttributeError):  # no table, or other keys than a Sight's

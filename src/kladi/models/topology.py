@@ -91,7 +91,8 @@ class TopologyEncoder(nn.Module):
         k0 = self.k0
         kind = functional.one_hot((torch.arange(mask.shape[1], device=mask.device) >= k0).long(), 2).to(tokens.dtype)
         points = torch.cat([tokens, kind.expand(len(tokens), -1, -1)], dim=2)
-        h = self.point(points.where(mask[..., None], 0.0))
+        with torch.autocast(tokens.device.type, enabled=False):  # bfloat16 has 1/256 for births next to 1
+            h = self.point(points.where(mask[..., None], 0.0))
         return h[:, :k0], h[:, k0:], mask[:, :k0], mask[:, k0:]
 
 

@@ -2,36 +2,52 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from kladi import config as settings
-from kladi.data.pixels.decode import decode
-from kladi.data.pixels.frame import Unreadable
+from kladi.data.pixels.decode import open_bytes, read_bytes, read_frame
+from kladi.data.pixels.frame import Limits, Unreadable
 from kladi.data.pixels.intensity import fit
-from kladi.errors import UserError
+
+WHOLE_RANGE = settings.Intensity(channels=3, low=0.0, high=100.0)
+"""No percentiles: a lesion may be a thousandth of its volume."""
 
 
-def read(path: Path, extent: Int[np.ndarray, " 4"], side: int, row: int) -> Bool[np.ndarray, "side side"]:
-    """Where a mask is not zero, laid over the stored square of its image.
+@dataclass(frozen=True)
+class MaskFile:
+    """Where the mask of a row is.
 
-    Args:
-        path: any format that images have; every value but the least is inside.
-        extent: top, left, height and width of the image in the square.
-        side: of the square.
-        row: of the manifest, to name it.
-
-    Raises:
-        UserError: it cannot be read, or has another shape than its image.
+    path: any format that images have; every value but the least is inside.
+    frame: the row's own, which is read of a file that has several; -1: the one that stands for the whole file.
     """
-    try:
-        pixels = decode(path, intensity=settings.Intensity(channels=3)).pixels.max(axis=0)
-    except Unreadable as error:
-        raise UserError(f"row {row:,}: the mask {path.name} {error}") from error
-    square, found = fit(np.where(pixels > 0, 255, 0).astype(np.uint8)[None], side)
-    if np.abs(found[2:] - extent[2:]).max() > 1:
-        shape = f"{pixels.shape[1]} x {pixels.shape[0]}"
-        raise UserError(f"row {row:,}: the mask {path.name} is {shape}, its image has another shape")
-    return square[0] > 127
+
+    path: Path
+    frame: int = -1
+
+    def read(
+        self, extent: Int[np.ndarray, " 4"], side: int, limits: Limits | None = None
+    ) -> Bool[np.ndarray, "side side"]:
+        """Where the mask is not zero, laid over the stored square of its image.
+
+        Args:
+            extent: top, left, height and width of the image in the square.
+            side: of the square.
+            limits: default `Limits()`.
+
+        Raises:
+            Unreadable: it cannot be read, or has another shape than its image.
+        """
+        try:
+            opened = open_bytes(read_bytes(self.path), WHOLE_RANGE, limits or Limits(), name=str(self.path))
+            pixels = read_frame(opened, self.frame if opened.frames > 1 else -1, WHOLE_RANGE).pixels.max(axis=0)
+        except Unreadable as error:
+            raise Unreadable(f"the mask {self.path.name} {error}", error.code) from error
+        square, found = fit(np.where(pixels > 0, 255, 0).astype(np.uint8)[None], side)
+        if np.abs(found[2:] - extent[2:]).max() > 1:
+            shape = f"{pixels.shape[1]} x {pixels.shape[0]}"
+            raise Unreadable(f"the mask {self.path.name} is {shape}, its image has another shape", "I5")
+        return square[0] > 127

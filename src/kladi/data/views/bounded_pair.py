@@ -92,7 +92,8 @@ class BoundedPair:
         if len(new):
             some, index = x[torch.from_numpy(new)], rows[new]
             looks = Looks.of(some, self.side, masks(self.dataset, index, some, self.config.topology.region))
-            self._low[index], self._high[index], self._mark[index] = looks.low, looks.high, looks.marks
+            self._low[index], self._high[index] = looks.low, looks.high
+            self._mark[index] = looks.marks(self.dataset.store.pixel_digest[index])
             self._unit[index] = Original.of(some, self.dataset.row_id[index], looks).unit  # last: it says who was met
         return x
 

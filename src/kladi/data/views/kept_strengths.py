@@ -43,7 +43,8 @@ def strengths_of(
         share = f"under {LEAST_AREA:.0%} or over {MOST_AREA:.0%} of the image"
         say("notice", f"{without} of {len(where)} sampled regions are {share}: there the whole of it is looked at")
     drawn = b"".join(mask.tobytes() for mask in where)
-    key = hashlib.sha256(said.encode() + dataset.row_id[rows].tobytes() + drawn).hexdigest()[:16]
+    shown = dataset.row_id[rows].tobytes() + dataset.store.pixel_digest[rows].tobytes()
+    key = hashlib.sha256(said.encode() + shown + drawn).hexdigest()[:16]
     file = dataset.store.folder.parent / f"strengths-{key}.json"
     found = _read(file)
     if found is None:
@@ -75,11 +76,12 @@ def read_strengths(file: Path) -> Strengths:
     """The table that a run has kept.
 
     Raises:
-        UserError: it is not there, or damaged.
+        UserError: it is not there, or damaged, or too few operations are usable.
     """
     found = _read(file)
     if found is None:
         raise UserError(f"{file}: missing or damaged; start anew in another folder")
+    require_enough(found)
     return found
 
 

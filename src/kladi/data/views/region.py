@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float64, UInt32
+from jaxtyping import Bool, Float, Float64, UInt32, UInt64
 from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
@@ -20,6 +20,8 @@ from torch.nn import functional
 BINS = 256
 LEAST_AREA, MOST_AREA = 0.01, 0.95
 """Of the image; what is smaller or larger is taken for no region."""
+FLAT = 1e-5
+"""A range below a step of 16 bits is rounding: a flat region has no topology."""
 NEIGHBOURS = np.ones((3, 3), dtype=bool)
 
 
@@ -76,7 +78,7 @@ class Looks:
             level if inside is None else level[inside] for level, inside in zip(*blank._levels(images), strict=True)
         ]
         low, high = (np.array([extreme(x) for x in seen], dtype=np.float64) for extreme in (np.min, np.max))
-        return cls(side, low, high, regions)
+        return cls(side, low, np.where(high - low < FLAT, low, high), regions)
 
     def v(self, images: Float[Tensor, "b C S S"]) -> Float64[np.ndarray, "b s s"]:
         """The mean over channels in [0, 1] by the range of the unchanged image, zero outside the region; zero
@@ -89,12 +91,11 @@ class Looks:
                 v[i][~inside] = 0.0
         return np.clip(v, 0, 1)
 
-    @property
-    def marks(self) -> UInt32[np.ndarray, " b"]:
-        """A checksum of each: equal looks at an image have equal ones."""
+    def marks(self, pixel_digest: UInt64[np.ndarray, " b"]) -> UInt32[np.ndarray, " b"]:
+        """A checksum of each: equal looks at equal pixels have equal ones."""
         found = []
-        for low, high, region in zip(self.low, self.high, self.regions, strict=True):
-            mark = zlib.crc32(np.array([low, high]).tobytes())
+        for pixels, low, high, region in zip(pixel_digest, self.low, self.high, self.regions, strict=True):
+            mark = zlib.crc32(np.array([low, high]).tobytes(), zlib.crc32(pixels.tobytes()))
             if region is not None:
                 mark = zlib.crc32(region.mask.tobytes(), zlib.crc32(np.array(region.box).tobytes(), mark))
             found.append(mark)

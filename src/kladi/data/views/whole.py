@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kladi import config as settings
 from kladi.data.dataset import Dataset
-from kladi.data.pixels import masks as mask_files
+from kladi.data.pixels.frame import Unreadable
 from kladi.data.views import augment
 from kladi.data.views.region import foregrounds
 from kladi.errors import UserError
@@ -54,11 +54,14 @@ def _mask(dataset: Dataset, row: int, size: int) -> Bool[np.ndarray, "S S"]:
     """Nothing where the row has no mask, which is everything."""
     if not dataset.masks:
         raise UserError('topology.region = "mask": this data set was read without its masks; set it for the data too')
-    path = dataset.masks[row]
-    if path is None:
+    mask = dataset.masks[row]
+    if mask is None:
         return np.zeros((size, size), dtype=bool)
     extent, side = dataset.store.extent[row], dataset.store.gather(np.array([row])).shape[-1]
-    inside = mask_files.read(path, extent, side, int(dataset.manifest_row[row]))
+    try:
+        inside = mask.read(extent, side)
+    except Unreadable as error:  # it was sound when the data were read
+        raise UserError(f"row {dataset.manifest_row[row]:,}: {error}") from error
     bare = settings.Intensity(size=size, channels=1, mean=(0.0,), std=(1.0,))
     laid = augment.plain((inside * np.uint8(255))[None, None], extent[None], bare)
     return laid[0, 0].numpy() > 0.5
