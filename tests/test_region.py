@@ -165,6 +165,8 @@ def test_masks_are_laid_over_their_images(masked):
             assert mask[5:11, 5:11].all()
             assert not mask[:3].any()
     assert whole.masks(data, rows, whole.pictures(data, rows, config.intensity), "whole") == []
+    roomy, _ = load(masked, settings.override(config, {"data.max_pixels": 4096}))
+    assert {mask.limits.max_pixels for mask in roomy.masks if mask} == {4096}  # in training as when they were checked
     unread, _ = load(masked, settings.override(config, {"topology.region": "whole"}))
     with pytest.raises(UserError, match="was read without its masks"):
         whole.masks(unread, rows, whole.pictures(data, rows, config.intensity), "mask")

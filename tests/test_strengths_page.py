@@ -28,9 +28,13 @@ def test_what_is_written_is_what_was_measured(tmp_path):
     file.write_text(written(table()))
     with pytest.raises(UserError, match="missing or damaged"):  # an operation that nobody knows
         kept_strengths.read_strengths(file)
-    known = Strengths({"weak": {"noise": table().ranges["weak"]["noise"]}, "strong": {}}, 3, table().reaches)
+    usable = dict.fromkeys(("noise", "blur"), table().ranges["weak"]["noise"])
+    known = Strengths({"weak": usable, "strong": usable}, 3, table().reaches)
     file.write_text(written(known))
     assert kept_strengths.read_strengths(file) == known
+    file.write_text(written(Strengths({"weak": usable, "strong": {}}, 3, table().reaches)))
+    with pytest.raises(UserError, match="0 of 8 operations"):
+        kept_strengths.read_strengths(file)
 
 
 def test_every_operation_has_its_line_and_its_panel():

@@ -90,7 +90,7 @@ def inspect(data: str | Path, config: settings.Config) -> Inspection:
     )
     findings += pixel_findings
     if config.topology.region == "mask" and built is not None:
-        findings += _unreadable_masks(rows, built, Limits.of(config.data))
+        findings += _unreadable_masks(rows, built, config.data)
     left_out = {row for f in findings if f.severity == "left out" for row in f.rows}
     asked = len({*rows.table["row"].to_list(), *left_out})
     if asked and len(left_out) / asked > config.data.max_left_out:
@@ -135,30 +135,29 @@ def join(inspection: Inspection, config: settings.Config) -> Dataset:
         label_sets=_label_sets(table.select(names), config.data),
         columns=_columns(table, (*names, *config.data.keep)),
         has_patients=patients.null_count() < len(patients),
-        masks=_masks(table, inspection.manifest.root) if config.topology.region == "mask" else (),
+        masks=_masks(table, inspection.manifest.root, config.data) if config.topology.region == "mask" else (),
         modalities=modalities.standardised(inspection.tables, split == TRAIN),
     )
 
 
-def _masks(table: pl.DataFrame, root: Path) -> tuple[MaskFile | None, ...]:
+def _masks(table: pl.DataFrame, root: Path, data: settings.Data) -> tuple[MaskFile | None, ...]:
     """Checked by `inspect`."""
     found = locate(root, table["mask"], allow_outside=True)
-    frames = table["frame"].to_list()
-    return tuple(
-        None if path is None else MaskFile(root / path, frame) for path, frame in zip(found.path, frames, strict=True)
-    )
+    each = zip(found.path, table["frame"].to_list(), strict=True)
+    limits = Limits.of(data)
+    return tuple(None if path is None else MaskFile(root / path, frame, limits) for path, frame in each)
 
 
-def _unreadable_masks(rows: Manifest, pixels: Store, limits: Limits) -> list[Finding]:
+def _unreadable_masks(rows: Manifest, pixels: Store, data: settings.Data) -> list[Finding]:
     """Every mask is read once before anything is trained: a fault in the middle of a run would cost the run."""
     table = rows.table[pixels.source.tolist()]
-    masks, side = _masks(table, rows.root), pixels.images.shape[-1]
+    masks, side = _masks(table, rows.root, data), pixels.images.shape[-1]
 
     def fault(position: int) -> tuple[str, str] | None:
         mask = masks[position]
         try:
             if mask is not None:
-                mask.read(pixels.extent[position], side, limits)
+                mask.read(pixels.extent[position], side)
         except Unreadable as error:
             return error.code, str(error)
         return None

@@ -22,7 +22,6 @@ from torch.optim import SGD, AdamW, Optimizer
 from kladi import config as settings
 from kladi.data.dataset import Dataset
 from kladi.data.views.bounded_pair import BoundedPair
-from kladi.data.views.calibration import require_enough
 from kladi.data.views.kept_strengths import read_strengths, strengths_of, written
 from kladi.data.views.loader import Loader
 from kladi.errors import UserError, suggestion
@@ -157,7 +156,6 @@ def _bounded(
     side = side_of(config.topology, config.intensity.size)
     tokens = encoder.sight.tokens if isinstance(encoder, Fused) else None
     strengths = read_strengths(before / STRENGTHS) if before else strengths_of(dataset, config, side, say)
-    require_enough(strengths)  # a band without an operation would show no image at all
     return BoundedPair(dataset, config, strengths, side, tokens)
 
 

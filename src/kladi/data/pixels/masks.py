@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,26 +23,25 @@ class MaskFile:
 
     path: any format that images have; every value but the least is inside.
     frame: the row's own, which is read of a file that has several; -1: the one that stands for the whole file.
+    limits: those of the images.
     """
 
     path: Path
     frame: int = -1
+    limits: Limits = field(default_factory=Limits)
 
-    def read(
-        self, extent: Int[np.ndarray, " 4"], side: int, limits: Limits | None = None
-    ) -> Bool[np.ndarray, "side side"]:
+    def read(self, extent: Int[np.ndarray, " 4"], side: int) -> Bool[np.ndarray, "side side"]:
         """Where the mask is not zero, laid over the stored square of its image.
 
         Args:
             extent: top, left, height and width of the image in the square.
             side: of the square.
-            limits: default `Limits()`.
 
         Raises:
             Unreadable: it cannot be read, or has another shape than its image.
         """
         try:
-            opened = open_bytes(read_bytes(self.path), WHOLE_RANGE, limits or Limits(), name=str(self.path))
+            opened = open_bytes(read_bytes(self.path), WHOLE_RANGE, self.limits, name=str(self.path))
             pixels = read_frame(opened, self.frame if opened.frames > 1 else -1, WHOLE_RANGE).pixels.max(axis=0)
         except Unreadable as error:
             raise Unreadable(f"the mask {self.path.name} {error}", error.code) from error

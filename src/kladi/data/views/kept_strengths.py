@@ -76,11 +76,12 @@ def read_strengths(file: Path) -> Strengths:
     """The table that a run has kept.
 
     Raises:
-        UserError: it is not there, or damaged.
+        UserError: it is not there, or damaged, or too few operations are usable.
     """
     found = _read(file)
     if found is None:
         raise UserError(f"{file}: missing or damaged; start anew in another folder")
+    require_enough(found)  # a band without an operation would show no image at all
     return found
 
 
