@@ -99,10 +99,20 @@ def test_a_run_of_two_processes_goes_on_after_a_kill_to_the_same_bits(command, t
     assert all(torch.equal(cut[name], tensor) for name, tensor in whole.items())
 
 
+LEFT = """
+import sys, torch.distributed as dist
+from kladi.cli import main
+code = main()
+assert not dist.is_initialized()
+raise SystemExit(code)
+"""
+"""`kladi`, and that it is no member of a process group afterwards: to end as one may abort the process."""
+
+
 def test_torchrun_starts_it_too(command, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
     done = subprocess.run(
-        [sys.executable, *launcher, *command, "--out", str(tmp_path / "run")],
+        [sys.executable, *launcher, sys.executable, "-c", LEFT, *command[3:], "--out", str(tmp_path / "run")],
         env=LOCAL,
         capture_output=True,
         text=True,

@@ -283,10 +283,11 @@ def _not_finite(t: Training, batch: Batch, terms: Mapping[str, Tensor], norm: Te
 
 @contextlib.contextmanager
 def _repeatable(train: settings.Train) -> Generator[Fabric]:
-    """Device and precision; torch's generators and switches are the caller's own again afterwards."""
+    """Device and precision; torch's generators, switches and processes are the caller's own again afterwards."""
     if train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by the first CUDA call
     fabric = training.device(train)
+    alone = ranks.world() == 1
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     devices = [fabric.device.index or 0] if fabric.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -298,6 +299,8 @@ def _repeatable(train: settings.Train) -> Generator[Fabric]:
         finally:
             torch.use_deterministic_algorithms(before[0])
             torch.backends.cudnn.benchmark = before[1]
+            if alone:
+                ranks.leave()
 
 
 def _found(t: Training, run: Path) -> checkpoint.Found | None:

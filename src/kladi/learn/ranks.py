@@ -45,6 +45,12 @@ def world() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def leave() -> None:
+    """Part from the other processes. One that ends as a member may be aborted: gloo's threads outlive Python."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def rows_of_all(x: Shaped[Tensor, "b *rest"]) -> Shaped[Tensor, "B *rest"]:
     """The rows of all processes in order of rank, however many each has; gradients come back to their own.
 
