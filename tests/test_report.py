@@ -139,6 +139,31 @@ def opened(browser, target):
     return tab, errors, requests
 
 
+def test_without_patient_ids_no_patient_is_counted():
+    results = {**example(), "data": {**example()["data"], "patients": None}}
+    known, unknown = (page.render(r, None, None).partition("plotly")[0] for r in (example(), results))
+    assert "bootstrap over patients" in known
+    assert " patients" in known
+    assert "bootstrap over images" in unknown
+    assert "image bootstrap" in unknown
+    assert re.findall(r"[\d,]+ patients", unknown) == []
+
+
+@pytest.mark.parametrize(
+    ("label", "shown"),
+    [
+        ("US/breast/benign", "US/breast/benign"),
+        ("SM/blood/leukocyte/granulocyte/neutrophil", "…/leukocyte/granulocyte/neutrophil"),
+        ("a" * 40, "a" * 36 + "…"),
+        ("SM/" + "a" * 40, "…/" + "a" * 36 + "…"),
+    ],
+)
+def test_a_long_label_is_shown_by_its_last_parts(label, shown):
+    images = [{"label": label, "thumbnail": None, "h0": [], "h1": []}]
+    drawn = shapes.figures({"figures": {"shapes": {"images": images}}}, [])["diagrams"]
+    assert drawn["layout"]["annotations"][0]["text"] == shown
+
+
 def test_diagrams_stand_beside_their_images():
     figures = shapes.figures(example(), ["data:image/png;base64,a", "data:image/png;base64,b"])
     drawn = figures["diagrams"]

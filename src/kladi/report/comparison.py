@@ -8,7 +8,7 @@ from typing import Any
 
 from kladi.report import tables
 from kladi.report.figures import COLOURS, Figure, figure_of, plain
-from kladi.report.wording import words
+from kladi.report.wording import unit, words
 
 Results = Mapping[str, Any]
 
@@ -43,7 +43,7 @@ def table(results: Results) -> dict[str, Any] | None:
     rows: list[dict[str, Any]] = []
     for method in results.get("methods", []):
         name = method["method"]
-        cells = [_cell(found.get((name, *column)), against.get((name, *column))) for column in columns]
+        cells = [_cell(found.get((name, *column)), against.get((name, *column)), unit(results)) for column in columns]
         rows.append({"method": name, "control_of": method.get("control_of") or "", "cells": cells})
     for place in range(len(columns)):
         known = [row["cells"][place] for row in rows if row["cells"][place]["raw"] is not None]
@@ -85,11 +85,11 @@ def panels(atlas: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     ]
 
 
-def _cell(interval: Mapping[str, Any] | None, difference: Mapping[str, Any] | None) -> dict[str, Any]:
+def _cell(interval: Mapping[str, Any] | None, difference: Mapping[str, Any] | None, one: str) -> dict[str, Any]:
     if interval is None or interval.get("value") is None:
         return {"value": "", "note": "", "difference": "", "verdict": "", "raw": None, "best": False}
     sd = f"sd {interval['sd_repeats']:.3f}, " if interval.get("sd_repeats") is not None else ""
-    note = f"{sd}{interval['n_patients']:,} patients"
+    note = f"{sd}{interval['n_patients']:,} {one}s"
     said = verdict = ""
     if difference is not None and difference.get("difference") is not None:
         ends = difference.get("interval")
@@ -168,7 +168,7 @@ def _few_labels(results: Results) -> Figure | None:
                 "line": {"color": COLOURS[i % len(COLOURS)], "width": 1.8},
             }
         )
-    figure = figure_of(traces, "labelled training patients, %", words(primary), height=420)
+    figure = figure_of(traces, f"labelled training {unit(results)}s, %", words(primary), height=420)
     if figure is not None:
         figure["layout"]["xaxis"] |= {"type": "log", "rangemode": "normal"}
         figure["layout"]["yaxis"] |= {"rangemode": "normal"}

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from kladi.report.wording import p_value, thousands, words
+from kladi.report.wording import p_value, thousands, unit, words
 
 Results = Mapping[str, Any]
 
@@ -14,13 +14,14 @@ Results = Mapping[str, Any]
 def data_facts(results: Results) -> list[tuple[str, str]]:
     """The data in one line a fact."""
     data = results.get("data", {})
+    known = unit(results) == "patient"
     facts = [("images", thousands(data.get("images"))), ("patients", thousands(data.get("patients")))]
     if data.get("sites"):
         facts.append(("sites", thousands(data["sites"])))
     facts += [
         (
             ", ".join(str(part[key]) for key in ("task", "part") if key in part),
-            f"{thousands(part['images'])} images of {thousands(part['patients'])} patients",
+            f"{thousands(part['images'])} images" + (f" of {thousands(part['patients'])} patients" if known else ""),
         )
         for part in _parts(results)
     ]
@@ -28,9 +29,11 @@ def data_facts(results: Results) -> list[tuple[str, str]]:
 
 
 def labels(results: Results) -> list[tuple[str, str, str]]:
-    """Each label with its images and patients, in the order of the file."""
-    counts = results.get("data", {}).get("labels", {})
-    return [(name, thousands(images), thousands(patients)) for name, (images, patients) in counts.items()]
+    """Each label with its images and patients ("" where none is known), in the order of the file."""
+    counts, known = results.get("data", {}).get("labels", {}), unit(results) == "patient"
+    return [
+        (name, thousands(images), thousands(patients) if known else "") for name, (images, patients) in counts.items()
+    ]
 
 
 def purity(atlas: Mapping[str, Any] | None) -> list[tuple[str, str, str, str]]:

@@ -22,7 +22,7 @@ import jinja2
 from plotly.offline import get_plotlyjs
 
 from kladi.errors import UserError
-from kladi.report import comparison, facts, figures, glossary, shapes, tables
+from kladi.report import comparison, facts, figures, glossary, shapes, tables, wording
 from kladi.report import factors as factors_page
 from kladi.report import strengths as strengths_page
 
@@ -108,6 +108,7 @@ def render(results: Results, atlas: Mapping[str, Any] | None, thumbnails: list[s
         "page.html",
         data,
         title=_title(results),
+        unit=wording.unit(results),
         summary=tables.summary(results),
         headline=tables.headline(results),
         study=comparison.table(results),

@@ -60,8 +60,9 @@ def _experts(experts: Mapping[str, Any]) -> Figure | None:
         "share",
         "",
         barmode="stack",
-        legend={"orientation": "h", "y": 1.12, "traceorder": "normal"},
-        height=140 + 28 * len(names),
+        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "traceorder": "normal"},
+        margin={"l": 64, "r": 20, "t": 40, "b": 50},
+        height=170 + 28 * len(names),
     )
     if figure is not None:
         figure["layout"]["yaxis"].update({"autorange": "reversed", "automargin": True})
@@ -131,8 +132,12 @@ def _diagrams(images: Sequence[Mapping[str, Any]], thumbnails: Sequence[str]) ->
 
 
 def _end(label: str) -> str:
-    """As much of its end as stands above a panel."""
-    return label if len(label) <= MOST_LETTERS else "\u2026" + label[-MOST_LETTERS:]
+    """As many of its last parts as stand above a panel; of a last part that does not, its beginning."""
+    end, *above = label.split("/")[::-1]
+    while above and len(end) + len(above[0]) + 1 <= MOST_LETTERS:
+        end = f"{above.pop(0)}/{end}"
+    end = end if len(end) <= MOST_LETTERS else end[:MOST_LETTERS] + "\u2026"
+    return f"\u2026/{end}" if above else end
 
 
 def _nth(i: int) -> str:

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from kladi.report.wording import LOWER_IS_BETTER, count, number, p_value, signed, thousands, words
+from kladi.report.wording import LOWER_IS_BETTER, count, number, p_value, signed, thousands, unit, words
 
 Results = Mapping[str, Any]
 
@@ -64,10 +64,10 @@ def summary(results: Results) -> list[str]:
             lines.append(
                 f"Task {task} is under a shift of {shift['column']}: each of {len(places)} places "
                 f"({', '.join(map(str, places))}) is tested by what was trained on the others. So few places are no "
-                "sample: intervals are of patients, and there is no test."
+                f"sample: intervals are of {unit(results)}s, and there is no test."
             )
     if study.get("pretrain"):
-        lines.append(f"Patients of the evaluation, seen from pretraining: {study['pretrain']}.")
+        lines.append(f"{unit(results).title()}s of the evaluation, seen from pretraining: {study['pretrain']}.")
     return lines + _verdict(results)
 
 
@@ -187,7 +187,7 @@ def comparisons(results: Results) -> list[dict[str, Any]]:
                 "what": ", ".join([*tasks[:1], words(str(c.get("metric"))), str(c.get("regime"))]),
                 "difference": signed(c.get("difference")),
                 "interval": f"[{signed(interval[0])}, {signed(interval[1])}]" if interval else "none",
-                "kind": str(c.get("interval_kind") or ""),
+                "kind": str(c.get("interval_kind") or "").replace("patient", unit(results)),
                 "corrected": p_value(c.get("corrected_t_p")),
                 "holm": p_value(c.get("holm_p")),
                 "wilcoxon": p_value(c.get("wilcoxon_p"))
@@ -230,9 +230,10 @@ def spread(rows: Iterable[Mapping[str, Any]]) -> float | None:
 
 def _cells(results: Results, task: str | None = None) -> dict[tuple[str, str, str], list[Mapping[str, Any]]]:
     cells: dict[tuple[str, str, str], list[Mapping[str, Any]]] = defaultdict(list)
+    unknown = {"n_patients": None} if unit(results) == "image" else {}
     for row in results.get("rows", []):
         if row.get("label_fraction", 1.0) == 1.0 and task in {None, str(row.get("dataset") or "")}:
-            cells[row["method"], row["regime"], row["metric"]].append(row)
+            cells[row["method"], row["regime"], row["metric"]].append({**row, **unknown})
     return cells
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 # As evaluate/answers.py says, which the report cannot ask without importing torch; a test holds the two together.
@@ -50,3 +51,8 @@ def count(value: Any, word: str) -> str:
     if not isinstance(value, int):
         return f"an unknown number of {word}s"
     return f"{value:,} {word}{'' if value == 1 else 's'}"
+
+
+def unit(results: Mapping[str, Any]) -> str:
+    """What is resampled and split by: "patient", or "image" where no patient is known and each image is its own."""
+    return "patient" if results.get("data", {}).get("patients") else "image"
