@@ -211,6 +211,21 @@ def test_an_encoder_with_masks_reads_them_in_evaluation(masked):
     np.testing.assert_allclose(embed(encoder, data).features, encoder(image, points, mask).detach().numpy(), atol=1e-5)
 
 
+def test_masks_in_your_own_code_are_those_of_the_files(masked):
+    config = masked_config(masked, **{"topology.on": True, "encoder.name": "test_efficientnet"})
+    data, _ = load(masked, config)
+    encoder = fused.fused(backbones.build(config.encoder, config.intensity), config.topology).eval()
+    rows = np.flatnonzero([mask is not None for mask in data.masks])
+    image, *wanted = fused.reader(encoder, data, config.intensity, torch.device("cpu"))(rows)
+    files = [np.asarray(Image.open(data.masks[row].path)) for row in rows]
+    for masks in (files, [255 * (mask > 0).astype(np.uint8) for mask in files], [mask > 0 for mask in files]):
+        assert all(torch.equal(a, b) for a, b in zip(encoder.tokens(image, masks), wanted, strict=True))
+    shown = whole.masks(data, rows, image, "mask")  # of the square that preprocess gives
+    assert all(torch.equal(a, b) for a, b in zip(encoder.tokens(image, shown), wanted, strict=True))
+    with pytest.raises(ValueError, match=f"2 masks for {len(rows)} images"):
+        encoder.tokens(image, files[:2])
+
+
 def test_masks_that_cannot_be_are_named(masked):
     config = masked_config(masked)
     table = pl.read_csv(masked)

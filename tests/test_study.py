@@ -140,7 +140,17 @@ def changed(folder, *pairs, name="other.toml"):
         ('below = "round"', 'below = ""', r"tasks.shape.below is empty"),
         ('regimes = ["probe"]', 'regimes = ["retrieval"]', r'"shuffled_labels" needs a regime that classifies'),
         ('objective.name = "simclr"', 'objective.name = "simcrl"', r'"simcrl" is not one of .*closest: "simclr"'),
-        ('objective.name = "simclr"', "train.lr = 0.1", r'methods.simclr: objective.name = "auto" is not one of'),
+        ('objective.name = "simclr"', "train.lr = 0.1", r"methods.simclr: a study names the objective, here or under"),
+        (
+            'objective.name = "simclr"',
+            'objective.name = "simclr"\ntopology = { sees = "diagram" }',
+            r"methods.simclr: --topology.sees has no say without --topology.on true",
+        ),
+        (
+            'objective.name = "simclr"',
+            'objective.name = "simclr"\ntopology = { on = true, sees = "diagram", diagrams = "none" }',
+            r"methods.simclr: --topology.diagrams none: .* would see nothing at all",
+        ),
         ('regimes = ["probe"]', "regimes = []", r"regimes names nothing"),
         ("bootstrap = 100", "bootstrap = 100\nlabel_fractions = [0.0]", r"label_fractions 0: takes 1e-09 to 1"),
         (

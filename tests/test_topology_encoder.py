@@ -225,7 +225,23 @@ def test_the_diagram_alone_is_its_encoder():
     found = alone(torch.rand(3, 1, 16, 16), points, mask)
     assert torch.equal(found, alone.topology(points, mask))
     assert found.shape == (3, alone.width) == (3, 256)
-    assert network(alone) == {"encoder": "small diagram encoder", "parameters": 454_496}
+    assert network(alone) == {
+        "encoder": "small diagram encoder, diagrams at 16 px, 24 + 48 points",
+        "parameters": 454_496,
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "region", "said"),
+    [
+        ("none", "whole", "empty diagrams"),
+        ("own", "foreground", "diagrams of the foreground at 16 px, 24 + 48 points"),
+        ("own", "mask", "diagrams inside masks at 16 px, 24 + 48 points"),
+        ("another", "whole", "diagrams of other images at 16 px, 24 + 48 points"),
+    ],
+)
+def test_a_control_does_not_read_like_what_it_controls(given, region, said):
+    assert str(Sight("small", 16, given=given, region=region)) == said
 
 
 def test_an_account_of_both_names_both():
@@ -233,5 +249,6 @@ def test_an_account_of_both_names_both():
     plain = backbones.build(config.encoder, config.intensity)
     both = around(plain, Sight("small", 16))
     said, image = network(both), network(plain)
-    assert said["encoder"] == f"{config.encoder.name} and small diagram encoder"
+    diagrams = "diagrams at 16 px, 24 + 48 points"
+    assert said["encoder"] == f"{config.encoder.name} and small diagram encoder, {diagrams}"
     assert said["parameters"] > image["parameters"] + 454_496

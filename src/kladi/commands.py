@@ -118,7 +118,7 @@ def pretrain(data: Path, config: settings.Config, out: Path, *, resume: bool, fo
     """Train, or say what training would do."""
     from kladi.data import load, summary
     from kladi.data.dataset import TRAIN
-    from kladi.learn import ranks, signals
+    from kladi.learn import ranks, signals, training
     from kladi.learn.fit import fit
 
     follows = ranks.follows(config.train)
@@ -132,9 +132,13 @@ def pretrain(data: Path, config: settings.Config, out: Path, *, resume: bool, fo
     _head("pretrain", str(out), f"seed {config.train.seed}, no network")
     _warnings(inspection)
     if dry_run:
+        training.check(config.train)
+        encoder, match = training.begun(config)
         trained = int((dataset.split == TRAIN).sum())
-        what = f"train {config.encoder.name} on {_count(trained, 'image')} with {config.objective.name}"
-        _line("would", f"{what}, and write {out}")
+        _line("would", f"train {encoder.title} on {_count(trained, 'image')} with {config.objective.name}")
+        if match is not None:
+            _line("from", f"{config.init.weights}: {match}")
+        _line("and", f"write {out}")
         return 0
     fit(dataset, config, out, resume=resume, force_unlock=force_unlock, notes=summary.notes(inspection))
     _line("wrote", f"{out}/model.safetensors, metrics.jsonl")
@@ -142,17 +146,17 @@ def pretrain(data: Path, config: settings.Config, out: Path, *, resume: bool, fo
         from kladi.models import backbones
 
         _line("in timm", backbones.in_timm(config.encoder, config.intensity, f"{out}/model.safetensors"))
+        if config.topology.on and config.topology.sees == "both":
+            _message("notice     that is the image encoder alone; with its diagram encoder: kladi.load")
     _line("next", f"kladi evaluate {out} {data} --out {out}/eval")
     return 0
 
 
 def _require_topology(config: settings.Config) -> None:
     """Whoever asks for some topology means it."""
-    if not config.topology.on:
-        usual = settings.Config().topology
-        asked = [key for key, value in vars(config.topology).items() if value != getattr(usual, key)]
-        if asked:
-            raise UserError(f"--topology.{asked[0]} has no say without --topology.on true")
+    usual = settings.Config().topology
+    asked = [f"topology.{key}" for key, value in vars(config.topology).items() if value != getattr(usual, key)]
+    settings.require_topology(config, asked)
 
 
 def embed(run: Path, data: Path, out: Path, overrides: Mapping[str, str]) -> int:

@@ -17,7 +17,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,29 @@ def _replaced(config: Config, key: str, value: Any, where: str) -> Config:
         value = _coerced(value, typing.get_type_hints(type(table))[name], f"{prefix}{key}")
         _check_range(key, value, prefix)
     return dataclasses.replace(config, **{section: dataclasses.replace(table, **{name: value})})
+
+
+def require_topology(config: Config, asked: Iterable[str] = ()) -> None:
+    """Refuse settings of topology that have no say, or contradict each other.
+
+    Args:
+        asked: keys that somebody gave: without `topology.on` they would be passed over in silence.
+
+    Raises:
+        UserError: names the key, and what it takes.
+    """
+    topology, size = config.topology, config.intensity.size
+    idle = [key for key in asked if key.startswith("topology.") and key != "topology.on"]
+    if not topology.on and idle:
+        raise UserError(f"--{idle[0]} has no say without --topology.on true")
+    if not topology.on:
+        return
+    if (topology.sees, topology.diagrams) == ("diagram", "none"):
+        raise UserError("--topology.diagrams none: an encoder with --topology.sees diagram would see nothing at all")
+    if topology.sees == "image" and topology.diagrams != "own":
+        raise UserError(f"--topology.diagrams {topology.diagrams} has no say with --topology.sees image")
+    if topology.side > size:
+        raise UserError(f"--topology.side {topology.side}: an image of --intensity.size {size} has no more than {size}")
 
 
 def filled(section: T, table: Mapping[str, Any], prefix: str, ranges: Ranges) -> T:

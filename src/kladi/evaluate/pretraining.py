@@ -18,7 +18,8 @@ from jaxtyping import Bool, Float32
 
 from kladi.data.dataset import Dataset
 from kladi.evaluate.readouts.regimes import OwnAnswers
-from kladi.learn import journal, run_folder
+from kladi.learn import journal, lineage, run_folder
+from kladi.learn.lineage import Stage
 from kladi.losses import geometry as spaces
 from kladi.models import backbones, heads
 from kladi.sections import WITHOUT_LABELS, WITHOUT_STRUCTURE
@@ -38,7 +39,8 @@ class Pretraining:
     reads_metadata: whether it read the metadata columns.
     space: where its head's embeddings live.
     seen: bool[n], rows of the data set that it was trained on, or whose patient it was; None where that is unknown.
-    epochs, images_seen, seed: of training, None where unknown.
+    epochs, images_seen, seed: of its own training, None where unknown.
+    before: the runs whose weights it began with; what they read and saw counts as read and seen.
     curves, monitors: from its journal.
     """
 
@@ -50,6 +52,7 @@ class Pretraining:
     epochs: int | None = None
     images_seen: int | None = None
     seed: int | None = None
+    before: tuple[Stage, ...] = ()
     curves: tuple[Mapping[str, Any], ...] = ()
     monitors: tuple[Mapping[str, Any], ...] = ()
 
@@ -69,15 +72,18 @@ def of_run(run: Path, dataset: Dataset) -> Pretraining:
     name, args = str(objective.get("name", "")), dict(objective.get("args") or {})
     lines = journal.read(run / "metrics.jsonl")
     epochs = described.get("epochs")
+    before = lineage.of_run(run).stages
+    names = {name, *(stage.objective for stage in before if stage.objective)}
     return Pretraining(
         objective=name,
-        supervised=name not in WITHOUT_LABELS,
-        reads_metadata=name not in WITHOUT_STRUCTURE,
+        supervised=bool(names - WITHOUT_LABELS),
+        reads_metadata=bool(names - WITHOUT_STRUCTURE),
         space=_space(args),
         seen=seen_rows(run, dataset),
         epochs=round(epochs) if isinstance(epochs, int | float) else None,
-        images_seen=sum(int(line["images"]) for line in lines if isinstance(line.get("images"), int)) or None,
+        images_seen=lineage.images_seen(run),
         seed=described.get("seed"),
+        before=before,
         curves=tuple(_curves(lines)),
         monitors=tuple(_monitors(lines)),
     )
@@ -102,7 +108,7 @@ def _space(args: Mapping[str, Any]) -> spaces.Geometry:
 
 
 def seen_rows(run: Path, dataset: Dataset) -> Bool[np.ndarray, " n"] | None:
-    """Rows that the run was trained on, and all rows of their patients; None where the run kept no list.
+    """Rows that the run, or one before it, was trained on, and all rows of their patients; None where it kept no list.
 
     A run lists every row that it began with by its id, and which of them it trained on: the split of today's manifest
     does not matter.
@@ -110,7 +116,8 @@ def seen_rows(run: Path, dataset: Dataset) -> Bool[np.ndarray, " n"] | None:
     if not (run / "rows.safetensors").is_file():
         return None
     before = run_folder.read_rows(run)
-    seen = np.isin(dataset.row_id, before.row_id[before.trained])
+    trained_on = np.union1d(before.row_id[before.trained], lineage.of_run(run).row_id)
+    seen = np.isin(dataset.row_id, trained_on)
     return np.isin(dataset.group, dataset.group[seen])
 
 

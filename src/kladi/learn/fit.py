@@ -31,6 +31,7 @@ from kladi.learn import (
     checkpoint,
     diagnosis,
     gradient_cache,
+    lineage,
     lock,
     monitors,
     presets,
@@ -45,6 +46,7 @@ from kladi.learn.journal import Journal
 from kladi.learn.log import Log
 from kladi.learn.objectives import Progress
 from kladi.learn.training import Training, learning_rate, seed_of
+from kladi.models.fused import Fused
 
 SAVE_SECONDS = 60.0
 """Without `train.checkpoint_steps`, the end of an epoch saves only if the last save is so long ago."""
@@ -116,13 +118,16 @@ def fit(
                 log.say("loss", f"{name} = {_formula(t.objective.weights)}")
                 log.say("batch", _batch(t))
                 if t.loader.bounded is not None:
-                    log.say("topology", str(t.loader.bounded))
+                    seen = t.encoder.sight if isinstance(t.encoder, Fused) else "no diagrams"
+                    log.say("topology", f"{seen}; {t.loader.bounded}")
                 if t.match is not None:
                     log.say("weights", str(t.match))
                 if found is None:
                     if resume and run_folder.begun(run):
                         log.say("notice", "stopped before its first checkpoint; starting at step 0")
                     training.keep_strengths(t, run)
+                    if config.init.weights:
+                        lineage.write(run, lineage.behind(config.init.weights))
                     run_folder.begin(run, config, dataset, notes or {}, fabric.device)
                 else:
                     _go_on(t, run, found, log)

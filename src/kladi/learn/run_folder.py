@@ -4,6 +4,7 @@ config.toml          every setting; paths are replaced by the copies below, beca
 taxonomy.json        the label tree; synonyms.toml: the user's synonyms, where there were any
 environment.json     versions, device, threads
 data.json            digests and counts
+before.json          the runs whose weights it began with; before.safetensors: the rows that those were trained on
 rows.safetensors     id and fingerprint of each row, to say at a resume which rows changed
 metrics.jsonl, log.txt, checkpoints/, lock
 model.safetensors, config.json, head.safetensors    once training has finished
@@ -125,6 +126,8 @@ BEFORE_BEGIN = {
     "lock",
     "log.txt",
     "strengths.json",
+    "before.json",
+    "before.safetensors",
     "taxonomy.json",
     "synonyms.toml",
     "rows.safetensors",

@@ -25,7 +25,7 @@ from kladi.data.views.bounded_pair import BoundedPair
 from kladi.data.views.kept_strengths import read_strengths, strengths_of, written
 from kladi.data.views.loader import Loader
 from kladi.errors import UserError, suggestion
-from kladi.learn import checkpoint, monitors, objectives, presets, ranks, run_folder, state
+from kladi.learn import checkpoint, lineage, monitors, objectives, presets, ranks, run_folder, state
 from kladi.learn.facts import Facts
 from kladi.models import backbones, weights
 from kladi.models.backbones import Match
@@ -100,9 +100,9 @@ def assemble(
         UserError: whatever is wrong with the configuration, or with the data for this objective.
     """
     check(config.train)
-    encoder = built_encoder(config)
+    settings.require_topology(config)
     # Before the objective is built: what follows the encoder begins as its copy.
-    match = load_weights(encoder, config.init.weights) if before is None and config.init.weights else None
+    encoder, match = begun(config, read=before is None)
     projector = Projector(encoder.width, *config.encoder.projector)
     facts = Facts.of(dataset)
     objective = presets.build(config.objective.name, config.objective.args, facts, encoder, projector)
@@ -131,6 +131,12 @@ def _require_images(least: int, loader: Loader, config: settings.Config) -> None
         )
 
 
+def begun(config: settings.Config, *, read: bool = True) -> tuple[backbones.Encoder, Match | None]:
+    """The encoder before the first step, and what it had in common with `init.weights`, where these are read."""
+    encoder = built_encoder(config)
+    return encoder, load_weights(encoder, config.init.weights) if read and config.init.weights else None
+
+
 def built_encoder(config: settings.Config) -> backbones.Encoder:
     """A fresh encoder, with a diagram encoder round it where topology is fused."""
     encoder = backbones.build(config.encoder, config.intensity)
@@ -147,11 +153,6 @@ def _bounded(
     """Where views come from if topology is on."""
     if not config.topology.on:
         return None
-    sees, given = config.topology.sees, config.topology.diagrams
-    if (sees, given) == ("diagram", "none"):
-        raise UserError("--topology.diagrams none: an encoder with --topology.sees diagram would see nothing at all")
-    if sees == "image" and given != "own":
-        raise UserError(f"--topology.diagrams {given} has no say with --topology.sees image")
     diagram(np.zeros((1, 1)))  # whether the package is there, before anything is measured
     side = side_of(config.topology, config.intensity.size)
     tokens = encoder.sight.tokens if isinstance(encoder, Fused) else None
@@ -306,6 +307,7 @@ def export(t: Training, run: Path) -> None:
         "seed": t.config.train.seed,
         "steps": t.step,
         "epochs": t.step / t.loader.steps,
+        "before": [dataclasses.asdict(stage) for stage in lineage.of_run(run).stages],
         "environment": run_folder.environment(t.fabric.device),
     }
     backbones.export(t.encoder, run, facts)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -75,6 +75,15 @@ class Sight:
             "encoder(image, *encoder.tokens(image, masks)) looks inside them"
         )
 
+    def __str__(self) -> str:
+        """`diagrams of the foreground at 64 px, 24 + 48 points`."""
+        if self.given == "none":
+            return "empty diagrams"
+        whose = "of other images" if self.given == "another" else ""
+        where = {"whole": "", "foreground": "of the foreground", "mask": "inside masks"}[self.region]
+        said = " ".join(word for word in ("diagrams", where, whose) if word)
+        return f"{said} at {self.side} px, {self.tokens[0]} + {self.tokens[1]} points"
+
     @property
     def width(self) -> int:
         """Of the representation."""
@@ -120,27 +129,37 @@ class Fused(Encoder):
         return self.mixture(self.visual(super().forward(image)), self.topology(points, mask))
 
     def tokens(
-        self, image: Float[Tensor, "B C H W"], masks: Sequence[Bool[np.ndarray, "H W"]] = ()
+        self, image: Float[Tensor, "B C S S"], masks: Sequence[Shaped[np.ndarray, "H W"]] = ()
     ) -> tuple[Tensor, Tensor]:
         """Points [B, k, 2], in the precision of the diagram encoder, and mask bool[B, k], of these images' diagrams; no
-        point where the encoder was trained without."""
+        point where the encoder was trained without.
+
+        Args:
+            masks: one an image, not zero inside, in the pixels of its file or of the square that `preprocess` gives;
+                what is next to nothing or to everything is looked at as a whole. None: where training looked.
+        """
         none = self.sight.given == "none"
         of = [Diagram.empty()] * len(image) if none else self.diagrams(image, masks)
         found = Diagrams.of(of, *self.sight.tokens)
         return found.points.to(image.device, next(self.topology.parameters()).dtype), found.mask.to(image.device)
 
-    def diagrams(self, image: Float[Tensor, "B C H W"], masks: Sequence[Bool[np.ndarray, "H W"]] = ()) -> list[Diagram]:
+    def diagrams(
+        self, image: Float[Tensor, "B C S S"], masks: Sequence[Shaped[np.ndarray, "H W"]] = ()
+    ) -> list[Diagram]:
         """Of images as the encoder sees them, each normalised by its own range; without masks of the whole of each, or
         of its foreground where that was trained on."""
+        if len(masks) not in (0, len(image)):
+            raise ValueError(f"{len(masks)} masks for {len(image)} images; each takes one")
         mean, std = (torch.tensor(x).view(1, -1, 1, 1) for x in (self.intensity.mean, self.intensity.std))
         x = image.detach().cpu() * std + mean
-        where = foregrounds(x) if self.sight.region == "foreground" and not len(masks) else masks
+        own = self.sight.region == "foreground" and not len(masks)
+        where = foregrounds(x) if own else [whole.laid(np.asarray(mask), x.shape[-1]) for mask in masks]
         return diagrams(Looks.of(x, self.sight.side, where).v(x))
 
     @property
     @override
     def title(self) -> str:
-        return f"{super().title} and {self.sight.size} diagram encoder"
+        return f"{super().title} and {self.sight.size} diagram encoder, {self.sight}"
 
     def description(self) -> dict[str, Any]:
         """What `load` needs to build it again."""
@@ -168,7 +187,7 @@ class DiagramAlone(Fused):
     @property
     @override
     def title(self) -> str:
-        return f"{self.sight.size} diagram encoder"
+        return f"{self.sight.size} diagram encoder, {self.sight}"
 
     @property
     @override
@@ -205,13 +224,7 @@ def file_masks(
 
 
 def side_of(topology: settings.Topology, size: int) -> int:
-    """Side of the square that diagrams are made of.
-
-    Raises:
-        UserError: it is larger than the image.
-    """
-    if topology.side > size:
-        raise UserError(f"--topology.side {topology.side}: an image of --intensity.size {size} has no more than {size}")
+    """Side of the square that diagrams are made of."""
     return topology.side or min(size, MOST_SIDE)
 
 
@@ -263,7 +276,10 @@ def load_weights(encoder: Encoder, path: str | Path) -> Match:
     if described.size != encoder.sight.size:
         raise UserError(f'{run}: its diagram encoder is "{described.size}", not "{encoder.sight.size}"')
     _fill(encoder, run)
-    return dataclasses.replace(match, beside="diagram encoder read")
+    own, before = encoder.sight, described
+    elsewhere = (own.side, own.region) != (before.side, before.region)
+    seen = f"; it was trained on {before}, and sees {own} now" if elsewhere else ""
+    return dataclasses.replace(match, beside=f"diagram encoder read{seen}")
 
 
 def description(run: Path) -> Sight | None:

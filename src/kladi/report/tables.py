@@ -51,7 +51,8 @@ def summary(results: Results) -> list[str]:
         main = methods[0]
         objective = main.get("objective") or "no objective"
         lines.append(
-            f"An encoder {main.get('encoder', '')} pretrained with {objective}, {count(main.get('epochs'), 'epoch')}."
+            f"An encoder {main.get('encoder', '')}, pretrained with {objective}, {count(main.get('epochs'), 'epoch')}"
+            f"{_before(main)}."
         )
     patients = data.get("patients")
     by = f" of {count(patients, 'patient')}" if patients else ", no patient ids"
@@ -69,6 +70,12 @@ def summary(results: Results) -> list[str]:
     if study.get("pretrain"):
         lines.append(f"{unit(results).title()}s of the evaluation, seen from pretraining: {study['pretrain']}.")
     return lines + _verdict(results)
+
+
+def _before(method: Mapping[str, Any]) -> str:
+    """What its weights had seen before its own training, in words; "" where they were random."""
+    epochs = method.get("epochs_before", 0)
+    return f", after {count(epochs, 'epoch')} of what it began with" if epochs != 0 else ""
 
 
 def _scored(results: Results) -> str:

@@ -304,6 +304,12 @@ def images_seen(arm: Arm, dataset: Dataset) -> int:
     return before + batch * min(steps, arm.config.train.max_steps or steps)
 
 
+def epochs_before(arm: Arm) -> int:
+    """Epochs of the arms whose encoder it begins with; of a given file they are not known, and none is counted."""
+    before = arm.after
+    return 0 if before is None else epochs_before(before) + (before.config.train.epochs * (before.kind == "pretrained"))
+
+
 def device_of(config: settings.Config) -> str:
     """The device that the study's settings ask for."""
     fabric = training.device(config.train)

@@ -346,6 +346,7 @@ def _method(arm: Arm, context: Context) -> dict[str, Any]:
         "shuffled": arm.shuffled or None,
         **cells.network_of(arm, context),
         "epochs": config.train.epochs if trained else 0,
+        "epochs_before": every.epochs_before(arm) if trained else 0,
         "images_seen": every.images_seen(arm, data),
         "labels_in_pretraining": None if arm.kind in {"given", "embedded"} and arm.after is None else labels,
         "seeds": len(context.seeds(arm)),

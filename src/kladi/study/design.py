@@ -314,6 +314,7 @@ def _method(name: str, table: Mapping[str, Any], folder: Path, config: settings.
             raise UserError(f"methods.{name}: {key} is the same for all methods; put it under [settings]")
     try:
         method = settings.override(config, given)
+        settings.require_topology(method, given)
     except UserError as error:
         raise UserError(f"methods.{name}: {error}") from None
     if method.train.devices * method.train.nodes > 1:
@@ -323,6 +324,8 @@ def _method(name: str, table: Mapping[str, Any], folder: Path, config: settings.
     objective = method.objective.name
     # Never "auto": controls and the table must know what a method is before the data do.
     options = [*(preset for preset in PRESETS if preset != "auto"), NOT_PRETRAINED]
+    if objective == "auto":
+        raise UserError(f"methods.{name}: a study names the objective, here or under [settings]; {', '.join(options)}")
     if objective not in options and ":" not in objective:
         raise UserError(
             f'methods.{name}: objective.name = "{objective}" is not one of {", ".join(options)}, nor my_file.py:MyLoss'

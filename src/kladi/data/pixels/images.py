@@ -68,6 +68,8 @@ def preprocess(
     """
     from kladi.data.views.augment import plain
 
+    if not isinstance(image, str | Path | np.ndarray):  # what a palette means a Pillow image alone knows
+        raise TypeError(f"a {type(image).__name__} is no image: give a path, or an array [H, W] or [H, W, 3]")
     limits = limits or Limits()
     if isinstance(image, np.ndarray):
         decoded = read_frame(open_stack(image, "array", intensity, limits), frame, intensity)

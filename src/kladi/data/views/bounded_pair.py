@@ -75,15 +75,10 @@ class BoundedPair:
         return tuple(views)
 
     def __str__(self) -> str:
-        """`diagrams of 64 px, 24 + 48 points; weak views by 8 operations, strong views by 5 operations`."""
-        points = (
-            "no diagrams"
-            if self.tokens is None
-            else f"diagrams of {self.side} px, {self.tokens[0]} + {self.tokens[1]} points"
-        )
+        """`weak views by 8 operations, strong views by 5 operations`."""
         ways = ", ".join(f"{band} views by {len(found)} operations" for band, found in self.strengths.ranges.items())
         few = f"; {self.strengths.skipped} images had next to no topology" if self.strengths.skipped else ""
-        return f"{points}; {ways}{few}"
+        return f"{ways}{few}"
 
     def _met(self, rows: Int[np.ndarray, " b"]) -> Float32[Tensor, "b C S S"]:
         """The unchanged images, each looked at when it is first met."""

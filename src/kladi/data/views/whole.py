@@ -6,12 +6,13 @@ import dataclasses
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int
+from jaxtyping import Bool, Float, Float32, Int, Shaped
 from torch import Tensor
 
 from kladi import config as settings
 from kladi.data.dataset import Dataset
 from kladi.data.pixels.frame import Unreadable
+from kladi.data.pixels.intensity import fit, store_side
 from kladi.data.views import augment
 from kladi.data.views.region import foregrounds
 from kladi.errors import UserError
@@ -62,6 +63,19 @@ def _mask(dataset: Dataset, row: int, size: int) -> Bool[np.ndarray, "S S"]:
         inside = mask.read(extent, side)
     except Unreadable as error:  # it was sound when the data were read
         raise UserError(f"row {dataset.manifest_row[row]:,}: {error}") from error
+    return _seen(inside, extent, size)
+
+
+def laid(mask: Shaped[np.ndarray, "H W"], size: int) -> Bool[np.ndarray, "S S"]:
+    """A mask in the pixels of its image over the square that an encoder sees of it; over such a square, as it is."""
+    inside = mask != 0
+    if inside.shape == (size, size):
+        return inside
+    square, extent = fit((inside * np.uint8(255))[None], store_side(size))
+    return _seen(square[0] > 127, extent, size)
+
+
+def _seen(inside: Bool[np.ndarray, "s s"], extent: Int[np.ndarray, " 4"], size: int) -> Bool[np.ndarray, "S S"]:
+    """What is inside in a stored square, in the square that an encoder sees."""
     bare = settings.Intensity(size=size, channels=1, mean=(0.0,), std=(1.0,))
-    laid = augment.plain((inside * np.uint8(255))[None, None], extent[None], bare)
-    return laid[0, 0].numpy() > 0.5
+    return augment.plain((inside * np.uint8(255))[None, None], extent[None], bare)[0, 0].numpy() > 0.5

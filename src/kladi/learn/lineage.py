@@ -1,0 +1,94 @@
+"""What a run began with: the finished runs before it, one after the other, and the rows that these were trained on.
+
+A run that begins with another one's weights has seen what that one saw: an evaluation must neither test on those rows
+nor call the encoder free of labels that an earlier stage read. Kept as `before.json`, which names no file, and
+`before.safetensors`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import UInt64
+
+from kladi.errors import UserError
+from kladi.learn import journal, run_folder
+from kladi.models import backbones, fused, weights
+
+FACTS, ROWS = "before.json", "before.safetensors"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of those before. objective: "" where the weights came from a file that says nothing of itself.
+
+    topology: what its encoder saw of diagrams, in words. epochs, images_seen: None where unknown.
+    """
+
+    objective: str
+    topology: str = ""
+    epochs: int | None = None
+    images_seen: int | None = None
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """stages: the first one first. row_id: of all rows that any of them was trained on."""
+
+    stages: tuple[Stage, ...] = ()
+    row_id: UInt64[np.ndarray, " n"] = dataclasses.field(default_factory=lambda: np.zeros(0, dtype=np.uint64))
+
+
+def behind(source: str | Path) -> Lineage:
+    """What a run inherits that begins with these weights: a finished run and all before it, or a file."""
+    run = Path(source)
+    if not (run / "config.json").is_file():
+        return Lineage((Stage(""),))
+    before, described = of_run(run), backbones.read_description(run)["kladi"]
+    sight, epochs = fused.description(run), described.get("epochs")
+    stage = Stage(
+        str((described.get("objective") or {}).get("name", "")),
+        "" if sight is None else str(sight),
+        round(epochs) if isinstance(epochs, int | float) else None,
+        images_seen(run),
+    )
+    rows = before.row_id
+    if (run / "rows.safetensors").is_file():
+        own = run_folder.read_rows(run)
+        rows = np.union1d(rows, own.row_id[own.trained])
+    return Lineage((*before.stages, stage), rows)
+
+
+def images_seen(run: Path) -> int | None:
+    """Images that a run's own steps looked at, each view of one counted once; None where it kept no journal."""
+    lines = journal.read(run / "metrics.jsonl")
+    return sum(int(line["images"]) for line in lines if isinstance(line.get("images"), int)) or None
+
+
+def write(run: Path, lineage: Lineage) -> None:
+    """Both files; none for a run that began with random weights."""
+    if lineage.stages:
+        rows = torch.from_numpy(lineage.row_id.view(np.int64))
+        weights.write(run / ROWS, weights.to_bytes({"row_id": rows}))
+        text = json.dumps([dataclasses.asdict(stage) for stage in lineage.stages], indent=1)
+        weights.write(run / FACTS, text + "\n")
+
+
+def of_run(run: Path) -> Lineage:
+    """What `write` left there; empty where it wrote nothing.
+
+    Raises:
+        UserError: damaged.
+    """
+    if not (run / FACTS).is_file():
+        return Lineage()
+    try:
+        stages = tuple(Stage(**one) for one in json.loads((run / FACTS).read_text(encoding="utf-8")))
+        return Lineage(stages, weights.read(run / ROWS)["row_id"].numpy().view(np.uint64))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{run}/{FACTS} is damaged; what this run began with is not known any more") from error
