@@ -1,5 +1,6 @@
 """Diagrams kept in a file: what is read is what was made, or it is made again."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -128,3 +129,12 @@ def test_threads_may_ask_at_once(file):
 def test_of_no_rows_there_are_none(file):
     found, count = ask(KeptDiagrams(file, ROWS, K0, K1), np.zeros(0, dtype=int))
     assert (found.points.shape, count) == ((0, K0 + K1, 2), 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_of_that_name_is_not_waited_for(file):
+    os.mkfifo(file)
+    rows = np.arange(4)
+    found, count = ask(KeptDiagrams(file, ROWS, K0, K1), rows)
+    assert count == 4
+    assert_right(found, rows)

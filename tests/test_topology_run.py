@@ -229,7 +229,16 @@ def test_strengths_are_measured_once_and_kept(tmp_path, monkeypatch):
     assert list((tmp_path / "store").iterdir()) == [file]
     whole = file.read_text()
     monkeypatch.setattr(kept_strengths, "calibrate", lambda *given: first)  # no third time
-    for damaged in ("", whole[:40], '{"ranges": {}, "skipped": 0}', whole.replace('"low": 0', '"low": "x"'), "[]"):
+    digit = whole.replace('"skipped": 0', '"skipped": 1')
+    assert digit != whole
+    for damaged in (
+        "",
+        whole[:40],
+        digit,
+        '{"ranges": {}, "skipped": 0}',
+        whole.replace('"low": 0', '"low": "x"'),
+        "[]",
+    ):
         file.write_text(damaged)
         assert kept_strengths._read(file) is None
         assert strengths_of(data, config, 24) == first
@@ -273,6 +282,10 @@ def test_the_three_stages_hand_over_what_they_trained(tmp_path):
     config = tiny.settings(**ON, objective__name="byol", init__weights=str(second), topology__scale=0.4)
     t = training.assemble(data, config, training.device(config.train))
     assert str(t.match).endswith("; diagram encoder read")
+    elsewhere = tiny.settings(**{**ON, "topology__region": "foreground"}, init__weights=str(second))
+    match = training.assemble(data, elsewhere, training.device(elsewhere.train)).match
+    assert "it was trained on diagrams at" in str(match)
+    assert "and sees diagrams of the foreground at" in str(match)
     for name, tensor in t.encoder.state_dict().items():
         assert torch.equal(tensor, both.state_dict()[name]), name
     assert all(p.requires_grad for p in t.encoder.parameters())
@@ -402,7 +415,11 @@ def test_a_run_with_topology_is_a_beginning_for_another(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damaged", ["small", [], {"size": "small"}, {"size": "big", "side": 16}, {"size": "small", "side": 16, "sees": "x"}]
+    "damaged",
+    [
+        *("small", [], {"size": "small"}, {"size": "big", "side": 16}, {"size": "small", "side": 16, "sees": "x"}),
+        *({"size": "small", "side": True}, {"size": "small", "side": 17}),
+    ],
 )
 def test_a_damaged_description_is_refused(tmp_path, damaged):
     fit(tiny.data(), tiny.settings(**ON, objective__name="simclr", train__epochs=1), tmp_path, progress=Silent())

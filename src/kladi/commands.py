@@ -364,9 +364,11 @@ def _run_config(run: Path, overrides: Mapping[str, str]) -> settings.Config:
     file = run / "config.toml"
     if not file.is_file():
         raise UserError(f"{run} is not a run: it holds no config.toml")
-    frozen = [key for key in overrides if key.startswith("intensity.")]
-    if frozen:
-        raise UserError(f"--{frozen[0]} cannot change after training: the encoder carries its intensity pipeline")
+    carried = {"intensity": "its intensity pipeline", "topology": "what it sees of topology"}
+    for key in overrides:
+        if key.partition(".")[0] in carried:
+            what = carried[key.partition(".")[0]]
+            raise UserError(f"--{key} cannot change after training: the encoder carries {what}")
     from kladi.learn import run_folder
 
     return settings.override(run_folder.read_config(run), overrides)  # with the run's own copy of its taxonomy

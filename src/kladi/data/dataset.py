@@ -10,11 +10,12 @@ from jaxtyping import Int, UInt64
 
 from kladi.data.decoded.store import Store
 from kladi.data.modalities import Modality
-from kladi.data.pixels.masks import MaskFile
+from kladi.data.pixels.masks import Mask
 from kladi.structure.labelset import LabelSets
 from kladi.structure.taxonomy import Taxonomy
 
 TRAIN, VAL, TEST, HELD_OUT = 0, 1, 2, 3
+PARTS = ("train", "val", "test", "held out")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Dataset:
     label_sets: LabelSets | None
     columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     has_patients: bool = False
-    masks: tuple[MaskFile | None, ...] = ()
+    masks: tuple[Mask | None, ...] = ()
     modalities: tuple[Modality, ...] = ()
 
     def __len__(self) -> int:

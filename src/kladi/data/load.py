@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,18 +13,16 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from kladi import config as settings
-from kladi.data import modalities
+from kladi.data import masks, modalities
 from kladi.data.dataset import HELD_OUT, TEST, TRAIN, VAL, Dataset
 from kladi.data.decoded import store
 from kladi.data.decoded.store import Store
 from kladi.data.findings import Finding, line, merged
 from kladi.data.modalities import Beside
-from kladi.data.pixels.frame import Limits, Unreadable
-from kladi.data.pixels.masks import MaskFile
+from kladi.data.pixels.masks import Mask
 from kladi.data.rows import checks, manifest, sample
 from kladi.data.rows.labels import file_tree
 from kladi.data.rows.manifest import ROLES, Manifest
-from kladi.data.rows.paths import locate
 from kladi.data.views import philox
 from kladi.errors import UserError
 from kladi.sections import WITH_LABELS
@@ -44,6 +41,7 @@ class Inspection:
     """All that was found out about DATA. `findings` come in the order manifest, taxonomy, pixels, tables, joined rows.
 
     tables: those beside the images, a row an image of the store.
+    masks: of each image of the store, where they were asked for.
     """
 
     manifest: Manifest
@@ -51,6 +49,7 @@ class Inspection:
     store: Store | None
     findings: tuple[Finding, ...]
     tables: tuple[Beside, ...] = ()
+    masks: tuple[Mask | None, ...] = ()
 
     def errors(self) -> list[Finding]:
         return [finding for finding in self.findings if finding.severity == "error"]
@@ -78,8 +77,6 @@ def inspect(data: str | Path, config: settings.Config) -> Inspection:
     taxonomy, tree_findings = _taxonomy(rows, config.data)
     supervised = config.objective.name in WITH_LABELS
     findings = [*rows.findings, *tree_findings, *checks.check(rows, config.data, taxonomy, supervised=supervised)]
-    if config.topology.region == "mask":
-        findings += checks.masks(rows, allow_outside=config.data.allow_outside)
     built, pixel_findings = store.build(
         [rows.root / path for path in rows.table["path"]],
         rows.table["frame"].to_list(),
@@ -89,8 +86,10 @@ def inspect(data: str | Path, config: settings.Config) -> Inspection:
         config=config.data,
     )
     findings += pixel_findings
-    if config.topology.region == "mask" and built is not None:
-        findings += _unreadable_masks(rows, built, config.data)
+    found_masks: tuple[Mask | None, ...] = ()
+    if config.topology.region == "mask":
+        found_masks, said_of_masks = masks.read(rows, built, config.data)
+        findings += said_of_masks
     left_out = {row for f in findings if f.severity == "left out" for row in f.rows}
     asked = len({*rows.table["row"].to_list(), *left_out})
     if asked and len(left_out) / asked > config.data.max_left_out:
@@ -107,10 +106,10 @@ def inspect(data: str | Path, config: settings.Config) -> Inspection:
         except UserError as error:  # listed with all other faults
             said = [Finding("F0", "error", str(error))]
         findings += said
-    inspection = Inspection(rows, taxonomy, built, tuple(findings), tables)
+    inspection = Inspection(rows, taxonomy, built, tuple(findings), tables, found_masks)
     if not inspection.errors():
         findings += _leaks(join(inspection, config), config.data)
-    return Inspection(rows, taxonomy, built, tuple(findings), tables)
+    return Inspection(rows, taxonomy, built, tuple(findings), tables, found_masks)
 
 
 def join(inspection: Inspection, config: settings.Config) -> Dataset:
@@ -135,40 +134,9 @@ def join(inspection: Inspection, config: settings.Config) -> Dataset:
         label_sets=_label_sets(table.select(names), config.data),
         columns=_columns(table, (*names, *config.data.keep)),
         has_patients=patients.null_count() < len(patients),
-        masks=_masks(table, inspection.manifest.root, config.data) if config.topology.region == "mask" else (),
+        masks=inspection.masks,
         modalities=modalities.standardised(inspection.tables, split == TRAIN),
     )
-
-
-def _masks(table: pl.DataFrame, root: Path, data: settings.Data) -> tuple[MaskFile | None, ...]:
-    """Checked by `inspect`."""
-    found = locate(root, table["mask"], allow_outside=True)
-    each = zip(found.path, table["frame"].to_list(), strict=True)
-    limits = Limits.of(data)
-    return tuple(None if path is None else MaskFile(root / path, frame, limits) for path, frame in each)
-
-
-def _unreadable_masks(rows: Manifest, pixels: Store, data: settings.Data) -> list[Finding]:
-    """Every mask is read once before anything is trained: a fault in the middle of a run would cost the run."""
-    table = rows.table[pixels.source.tolist()]
-    masks, side = _masks(table, rows.root, data), pixels.images.shape[-1]
-
-    def fault(position: int) -> tuple[str, str] | None:
-        mask = masks[position]
-        try:
-            if mask is not None:
-                mask.read(pixels.extent[position], side)
-        except Unreadable as error:
-            return error.code, str(error)
-        return None
-
-    with ThreadPoolExecutor() as pool:
-        faults = list(pool.map(fault, range(len(masks))))
-    return [
-        Finding(found[0], "error", found[1], (row,))
-        for found, row in zip(faults, table["row"].to_list(), strict=True)
-        if found is not None
-    ]
 
 
 def store_folder(data: settings.Data) -> Path:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from kladi import config as settings
-from kladi.data.dataset import HELD_OUT, TEST, TRAIN, VAL, Dataset
+from kladi.data import masks
+from kladi.data.dataset import PARTS, TRAIN, Dataset
 from kladi.data.findings import Finding, counted, line, listed, visible
 from kladi.data.load import Inspection, join
 from kladi.data.rows.columns import ATTRIBUTES
@@ -42,6 +43,7 @@ def lines(inspection: Inspection, config: settings.Config, seconds: float, **rul
     if named or metadata:
         yield "columns", "   ".join([*named, *metadata])
     used = {*ROLES, *manifest.metadata, *ATTRIBUTES, *config.data.covariates, *config.data.keep}
+    used |= {masks.COLUMN} if inspection.masks else set()
     unused = [name for name in manifest.table.columns if name not in used]
     if unused:
         takes = "--data.metadata and --data.covariates take columns"
@@ -55,6 +57,8 @@ def lines(inspection: Inspection, config: settings.Config, seconds: float, **rul
         "images",
         f"{len(store):,} readable, {rate}: {', '.join(facts)}" if facts else f"{len(store):,} readable, {rate}",
     )
+    if inspection.masks:
+        yield "masks", f"{sum(mask is not None for mask in inspection.masks):,} of {len(store):,} images"
     if not inspection.errors():
         dataset = join(inspection, config)
         yield from _joined(dataset)
@@ -111,8 +115,7 @@ def _joined(dataset: Dataset) -> Lines:
         yield "patients", f"{len(sizes):,}, with {sizes.min()}-{sizes.max()} images, median {int(np.median(sizes))}"
     else:
         yield "patients", f"no patient ids: {len(sizes):,} groups of identical images stand in for patients"
-    names = {TRAIN: "train", VAL: "val", TEST: "test", HELD_OUT: "held out"}
-    parts = Counter(names[s] for s in dataset.split.tolist())
+    parts = Counter(PARTS[s] for s in dataset.split.tolist())
     yield "splits", ", ".join(f"{name} {count:,}" for name, count in parts.items())
     if dataset.taxonomy is not None:
         yield "labels", _labels(dataset)

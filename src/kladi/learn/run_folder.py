@@ -207,7 +207,8 @@ def require_same(run: Path, config: settings.Config, dataset: Dataset) -> None:
     if difference:
         raise UserError(f"--resume: the data have changed: {difference}; --out ANOTHER starts anew")
     if described.get("digest") != digest(dataset):
-        raise UserError("--resume: metadata columns, their weights, or tables have changed; --out ANOTHER starts anew")
+        what = "metadata columns, their weights, tables or masks"
+        raise UserError(f"--resume: {what} have changed; --out ANOTHER starts anew")
 
 
 def not_the_same_bits(run: Path, device: torch.device) -> str:
@@ -293,16 +294,11 @@ def _tables_digest(dataset: Dataset) -> str:
 
 
 def _masks_digest(dataset: Dataset) -> str:
-    """Over the files that say where each image is looked at; not the order of the rows."""
+    """Over where each image is looked at; not the order of the rows."""
     seen = hashlib.sha256()
     for row in np.argsort(dataset.row_id):
         mask = dataset.masks[row]
-        try:
-            content = b"" if mask is None else mask.path.read_bytes()
-        except OSError as error:
-            known = f"row {dataset.manifest_row[row]:,}: the mask {mask.path.name if mask else ''}"
-            raise UserError(f"{known} cannot be read ({error.strerror})") from error
-        seen.update(hashlib.sha256(content).digest() + str(mask and mask.frame).encode())
+        seen.update(hashlib.sha256(b"" if mask is None else mask.bits).digest())
     return seen.hexdigest()
 
 

@@ -24,6 +24,7 @@ from kladi.data.dataset import Dataset
 from kladi.data.views.bounded_pair import BoundedPair
 from kladi.data.views.kept_strengths import read_strengths, strengths_of, written
 from kladi.data.views.loader import Loader
+from kladi.data.views.partners import partners
 from kladi.errors import UserError, suggestion
 from kladi.learn import checkpoint, lineage, monitors, objectives, presets, ranks, run_folder, state
 from kladi.learn.facts import Facts
@@ -154,6 +155,8 @@ def _bounded(
     if not config.topology.on:
         return None
     diagram(np.zeros((1, 1)))  # whether the package is there, before anything is measured
+    if config.topology.diagrams == "another":
+        partners(dataset.split, dataset.group, dataset.row_id)  # whether there are any, before minutes are spent
     side = side_of(config.topology, config.intensity.size)
     tokens = encoder.sight.tokens if isinstance(encoder, Fused) else None
     strengths = read_strengths(before / STRENGTHS) if before else strengths_of(dataset, config, side, say)

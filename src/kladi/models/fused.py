@@ -116,6 +116,8 @@ class Fused(Encoder):
         points: Float[Tensor, "B k 2"] | None = None,
         mask: Bool[Tensor, "B k"] | None = None,
     ) -> Float[Tensor, "B F"]:
+        if (points is None) != (mask is None):
+            raise ValueError("points and mask of a diagram go together; encoder.tokens(image) gives both")
         if points is None or mask is None:
             if not self.sight.alone:
                 warnings.warn(self.sight.differs, stacklevel=2)
@@ -291,14 +293,16 @@ def description(run: Path) -> Sight | None:
     if not (run / "config.json").is_file():
         return None
     try:
-        found = json.loads((run / "config.json").read_text(encoding="utf-8")).get("kladi", {}).get("topology")
+        described = json.loads((run / "config.json").read_text(encoding="utf-8")).get("kladi", {})
+        found = described.get("topology")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{run}/config.json cannot be read as JSON; the run is damaged") from error
     if found is None:
         return None
-    with contextlib.suppress(TypeError, AttributeError):  # no table, or other keys than a Sight's
+    with contextlib.suppress(TypeError, KeyError, AttributeError):  # no table, or other keys than a Sight's
         sight = Sight(**found)
-        good = isinstance(sight.side, int) and sight.side > 0 and sight.sees in SEEN and sight.given in GIVEN
+        good = type(sight.side) is int and 0 < sight.side <= described["intensity"]["size"]
+        good = good and sight.sees in SEEN and sight.given in GIVEN
         if good and sight.region in REGIONS and sight.size in SIZES:
             return sight
     raise UserError(f"{run}/config.json: its diagram encoder is described as {found}; the run is damaged")

@@ -16,16 +16,12 @@ from kladi import config as settings
 from kladi.data.findings import SHOWN, Finding, Severity, counted, listed, quoted
 from kladi.data.rows.labels import parts, prefixes
 from kladi.data.rows.manifest import Manifest
-from kladi.data.rows.paths import BLANK, FAULTS, locate
-from kladi.errors import UserError, suggestion
 from kladi.structure.taxonomy import Taxonomy
 
 FEWEST_PATIENTS = 3
 """A class with fewer cannot stand in train, val and test."""
 PLACEHOLDER_SHARE = 0.5
 """One patient id on a larger share of the rows than this is likely no patient."""
-MASK = "mask"
-"""The column that names a mask for each row."""
 LEADING_ZEROS = r"(^|[^0-9.,])0+([0-9])"
 
 
@@ -105,27 +101,6 @@ def patients(rows: pl.DataFrame, *, folds: int = 0) -> list[Finding]:
     if 0 < groups < folds:
         mend = f"{groups} folds, not {folds}" if groups >= FEWEST_PATIENTS else "too few for folds"
         found.append(Finding("M18", "warning", f"{counted(groups, 'patient')}: {mend}"))
-    return found
-
-
-def masks(manifest: Manifest, *, allow_outside: bool = False) -> list[Finding]:
-    """Whether every mask that is named is there; rows without one are counted.
-
-    Raises:
-        UserError: there is no column of masks.
-    """
-    table = manifest.table
-    if MASK not in table.columns:
-        known = suggestion(MASK, table.columns)
-        raise UserError(f'--topology.region mask needs a column "{MASK}" that names a file a row{known}')
-    located = locate(manifest.root, table[MASK], allow_outside=allow_outside)
-    found = []
-    for state, (code, _, what) in FAULTS.items():
-        rows = tuple(table["row"].filter(located.state == state).to_list())
-        if rows and state == BLANK:
-            found.append(Finding(code, "warning", "no mask: the whole image is looked at", rows))
-        elif rows:
-            found.append(Finding(code, "error", f"mask: {what}", rows))
     return found
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import zlib
 from collections.abc import Callable, Sequence
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +77,7 @@ class KeptDiagrams:
 
     def _read(self, draw: int, rows: Int[np.ndarray, " b"]) -> np.ndarray:
         records = np.zeros(len(rows), dtype=self._record)
-        with contextlib.suppress(OSError), self.file.open("rb", buffering=0) as file:
+        with contextlib.suppress(OSError), _opened(self.file, os.O_RDONLY) as file:
             for position, row in enumerate(rows.tolist()):
                 file.seek(self._offset(draw, row))
                 said = file.read(self._record.itemsize)
@@ -87,8 +89,21 @@ class KeptDiagrams:
         """A folder that cannot be written, or is full, costs time and nothing else."""
         with (
             contextlib.suppress(OSError),
-            os.fdopen(os.open(self.file, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0) as file,
+            _opened(self.file, os.O_RDWR | os.O_CREAT) as file,
         ):
             for row, record in zip(rows.tolist(), records, strict=True):
                 file.seek(self._offset(draw, row))
                 file.write(record.tobytes())
+
+
+def _opened(path: Path, how: int) -> FileIO:
+    """Unbuffered; a pipe of that name would be waited for without end.
+
+    Raises:
+        OSError: it is no regular file, or cannot be opened.
+    """
+    number = os.open(path, how | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0), 0o600)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(f"{path.name} is no regular file")
+    return FileIO(number, "r+b" if how & os.O_RDWR else "rb")

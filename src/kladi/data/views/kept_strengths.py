@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -66,10 +67,15 @@ def looked_at(dataset: Dataset, config: settings.Config, side: int, *more: objec
 
 
 def written(strengths: Strengths) -> str:
-    """The table as JSON."""
+    """The table as JSON, with the checksum of the rest of it."""
     ranges = {band: {n: dataclasses.asdict(r) for n, r in some.items()} for band, some in strengths.ranges.items()}
     reaches = {name: [dataclasses.asdict(one) for one in some] for name, some in strengths.reaches.items()}
-    return json.dumps({"ranges": ranges, "skipped": strengths.skipped, "reaches": reaches}, indent=1) + "\n"
+    table = {"ranges": ranges, "skipped": strengths.skipped, "reaches": reaches}
+    return json.dumps({**table, "sha256": _checksum(table)}, indent=1) + "\n"
+
+
+def _checksum(table: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
 
 
 def read_strengths(file: Path) -> Strengths:
@@ -98,6 +104,8 @@ def _read(file: Path) -> Strengths | None:
     """What was measured before; None where it is not there, or is no such table."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+        if content.pop("sha256") != _checksum(content):
+            return None
         ranges = {band: {n: Range(**r) for n, r in content["ranges"][band].items()} for band in BANDS}
         skipped = int(content["skipped"])
         reaches = {

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from kladi import config as settings
 from kladi.data.dataset import Dataset
-from kladi.data.pixels.frame import Unreadable
 from kladi.data.pixels.intensity import fit, store_side
 from kladi.data.views import augment
 from kladi.data.views.region import foregrounds
@@ -44,7 +43,7 @@ def masks(
         seen: the images of the rows, whose grey levels tell the foreground.
 
     Raises:
-        UserError: a mask that cannot be read, or masks that were not read with the data.
+        UserError: masks that were not read with the data.
     """
     if region == "foreground":
         return foregrounds(seen)
@@ -58,12 +57,7 @@ def _mask(dataset: Dataset, row: int, size: int) -> Bool[np.ndarray, "S S"]:
     mask = dataset.masks[row]
     if mask is None:
         return np.zeros((size, size), dtype=bool)
-    extent, side = dataset.store.extent[row], dataset.store.gather(np.array([row])).shape[-1]
-    try:
-        inside = mask.read(extent, side)
-    except Unreadable as error:  # it was sound when the data were read
-        raise UserError(f"row {dataset.manifest_row[row]:,}: {error}") from error
-    return _seen(inside, extent, size)
+    return _seen(mask.square(), dataset.store.extent[row], size)
 
 
 def laid(mask: Shaped[np.ndarray, "H W"], size: int) -> Bool[np.ndarray, "S S"]:
