@@ -1,5 +1,5 @@
 # Two commands for a newcomer: `make demo` and `make test`. The rest is for those who change the code.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   ?= .venv
 PYTEST ?=
 BIN    := $(VENV)/bin
@@ -10,7 +10,7 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check
 # One stamp for each set of extras, so that `make demo` never waits for what only tests need.
 $(VENV)/.demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) -e ".[demo,umap]"
+	$(PIP) -e ".[demo,umap,topology]"
 	touch $@
 
 $(VENV)/.test: pyproject.toml

@@ -469,7 +469,7 @@ def test_anchors_without_a_positive_are_warned_about_once(tmp_path):  # L1
 def test_a_row_of_the_table():
     row = console.Row(50, 1650, 4.338, {"hwc": 4.18, "lam": 0.316}, 0.0, 0.9, 52.7, 2.6e-4, 301.0, 4200.0)
     text = console.body(row)
-    assert text == "    50   1,650    4.338    4.180    0.316        0.0 %  .90   52.7  2.6e-04       301   1:10"
+    assert text == "    50   1,650    4.338    4.180    0.316        0.0 %  .90   52.7  2.6e-04       301 70 min"
     assert len(console.head(("hwc", "lam"))) == len(text)
     blank = console.Row(1, 3, 5.2, {"hwc": 5.0, "lam": 0.4}, 0.25, None, None, 1e-3, 20000.0, 30.0)
     assert console.body(blank).split()[5:] == ["25.0", "%", "-", "-", "1.0e-03", "20,000", "30", "s"]

@@ -340,6 +340,7 @@ def _overrides(tokens: tuple[str, ...], taxonomy: Path | None) -> dict[str, str]
                 "smoke",
                 "debug",
             ]
+            options = [option for option in options if option != key]  # another command may have it
             raise UserError(
                 f"--{key} is no option of this command" + suggestion(key, options).replace('"', "--", 1).rstrip('"')
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -42,9 +43,17 @@ def check(data: Path, config: settings.Config, out: Path | None) -> int:
     verdict = "not ready" if errors else "ready"
     _line(f"{verdict}:", f"{_count(errors, 'error')}, {_count(warnings, 'warning')}", width=0)
     if not errors:
-        taxonomy = f" --taxonomy {config.data.taxonomy}" if config.data.taxonomy else ""
-        _line("next", f"kladi plan {data}{taxonomy} --out plan.toml")
+        _line("next", f"kladi plan {data}{_asked(config)} --out plan.toml")
     return 1 if errors else 0
+
+
+def _asked(config: settings.Config) -> str:
+    """What somebody asked for, as it is typed: ` --data.allow_outside true`."""
+    usual, given = settings.to_dict(settings.Config()), settings.to_dict(config)
+    keys = {f"{s}.{k}": v for s, table in given.items() for k, v in table.items() if v != usual[s][k]}
+    shown = {key: ",".join(map(str, v)) if isinstance(v, list) else v for key, v in keys.items()}
+    words = {key: str(v).lower() if isinstance(v, bool) else v for key, v in shown.items() if not isinstance(v, dict)}
+    return "".join(f" --{key} {shlex.quote(str(value))}" for key, value in words.items())
 
 
 def plan(data: Path, out: Path, earlier: Path | None, given: Mapping[str, Any], smoke: bool) -> int:

@@ -101,7 +101,7 @@ def body(row: Row) -> str:
     """A line of the table.
 
     >>> body(Row(50, 1650, 4.338, {"hwc": 4.18}, 0.0, 0.9, 52.7, 2.6e-4, 301.0, 4200))
-    '    50   1,650    4.338    4.180        0.0 %  .90   52.7  2.6e-04       301   1:10'
+    '    50   1,650    4.338    4.180        0.0 %  .90   52.7  2.6e-04       301 70 min'
     """
     terms = "".join(f"{value:>9.3f}" for value in row.terms.values())
     std = "   -" if row.std is None else f"{row.std:>4.2f}".replace("0.", " .", 1)
@@ -113,15 +113,14 @@ def body(row: Row) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Hours and minutes, `1:34`; under a minute seconds, `42 s`.
+    """In six letters, with its unit.
 
-    >>> duration(5640), duration(42)
-    ('1:34', '42 s')
+    >>> duration(42), duration(5640), duration(9000)
+    ('42 s', '94 min', '2.5 h')
     """
     if seconds < 60:
         return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60}:{minutes % 60:02d}"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def spelt(seconds: float) -> str:

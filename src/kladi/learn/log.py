@@ -14,8 +14,9 @@ import numpy as np
 from kladi.data.dataset import TRAIN, Dataset
 from kladi.data.findings import counted
 from kladi.errors import RunStopped
-from kladi.learn import monitors
+from kladi.learn import monitors, presets
 from kladi.learn.console import WIDTH, Lines, Row, body, head, printable, spelt
+from kladi.learn.facts import Facts
 from kladi.learn.multimodal import Multimodal
 from kladi.learn.objectives import Supervised
 from kladi.learn.training import Training
@@ -110,6 +111,7 @@ class Log:
         """The embedding has collapsed; the sentence is returned too."""
         spread = t.spread or monitors.Spread(0.0, 0.0)
         text = f"the embedding has collapsed at epoch {epoch}: effective rank {spread.rank:.1f}, std {spread.std:.2f}"
+        text += _remedy(t)
         self.say("ALARM", text)
         return text
 
@@ -118,7 +120,7 @@ class Log:
         seconds = time.monotonic() - self._start
         state = "too short to look for collapse"
         if t.spread is not None:
-            alarm = "collapsed" if t.low >= monitors.IN_A_ROW else "no alarm"
+            alarm = "collapsed" if t.low >= monitors.IN_A_ROW else "collapsed at the last look" if t.low else "no alarm"
             state = f"effective rank {t.spread.rank:.0f} of {t.config.encoder.projector[1]}, {alarm}"
         state += "".join(f"; {name} {value:.3g}, learned" for name, value in t.objective.learned().items())
         what, why = ("done", "") if t.last == t.steps else ("stopped", " by --train.max_steps")
@@ -140,6 +142,13 @@ class Log:
     def _keep(self, text: str) -> None:
         self._file.write(printable(text) + "\n")
         self._file.flush()
+
+
+def _remedy(t: Training) -> str:
+    """Where one is known: HWC's scale leaves unlike labels so little to gain that few images stay where they began."""
+    objective = t.config.objective
+    scaled = presets.resolved(objective.name, Facts.of(t.dataset)) == "label_tree" and "mode" not in objective.args
+    return "; --objective.args.mode mass pushes unlike labels apart from the start" if scaled else ""
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -85,6 +85,18 @@ def panels(atlas: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     ]
 
 
+def key(atlas: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """(name, colour) of the values that all panels are coloured by; none where colours repeat with other symbols."""
+    if not atlas or not atlas.get("panels"):
+        return []
+    names = sorted(set(atlas["columns"].get(atlas.get("colour", ""), [])))
+    return [(name or "unknown", _colour(k, name)) for k, name in enumerate(names)] if len(names) <= len(COLOURS) else []
+
+
+def _colour(k: int, name: str) -> str:
+    return COLOURS[k % len(COLOURS)] if name else "#b8c0c8"
+
+
 def _cell(interval: Mapping[str, Any] | None, difference: Mapping[str, Any] | None, one: str) -> dict[str, Any]:
     if interval is None or interval.get("value") is None:
         return {"value": "", "note": "", "difference": "", "verdict": "", "raw": None, "best": False}
@@ -183,7 +195,7 @@ def _panel(points: list[list[float]], values: list[str], names: list[str]) -> Fi
         marker = {
             "size": 4,
             "opacity": 0.8,
-            "color": COLOURS[k % len(COLOURS)] if name else "#b8c0c8",
+            "color": _colour(k, name),
             "symbol": (k // len(COLOURS)) % 8,
         }
         traces.append(

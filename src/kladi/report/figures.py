@@ -20,18 +20,19 @@ ALARM_STD, ALARM_RANK = 0.05, 2.0
 def all_figures(results: Results, atlas: Mapping[str, Any] | None) -> dict[str, Figure]:
     """Every figure there is data for, by the id of its place on the page."""
     extra = results.get("figures") or {}
+    order = [str(method["method"]) for method in results.get("methods", [])]
     drawn = {
         "curves": _curves(extra.get("curves") or []),
         "rate": _rate(extra.get("curves") or []),
         "monitors": _monitors(results.get("monitors") or []),
         "idle": _idle(extra.get("curves") or []),
-        "levels": _levels(extra.get("levels") or {}),
-        "calibration": _levels(extra.get("calibration") or {}, "calibration error"),
-        "stopping": _stopping(extra.get("stopping") or []),
+        "levels": _levels(extra.get("levels") or {}, order),
+        "calibration": _levels(extra.get("calibration") or {}, order, "calibration error"),
+        "stopping": _stopping(extra.get("stopping") or [], order),
         "tree": _tree(extra.get("tree") or []),
         "ball": _ball(extra.get("ball") or {}),
-        "violations": _levels(extra.get("violations") or {}, "share of samples nearer to a wrong node"),
-        "severity": _severity(extra.get("severity") or {}),
+        "violations": _levels(extra.get("violations") or {}, order, "share nearer to a wrong node"),
+        "severity": _severity(extra.get("severity") or {}, order),
         "confusion": _confusion(extra.get("confusion") or {}),
         "map": _map(atlas),
     }
@@ -161,21 +162,26 @@ def _rule(height: float, axis: str, name: str) -> dict[str, Any]:
     }
 
 
-def _levels(levels: Mapping[str, list[Any]], y: str = "accuracy") -> Figure | None:
+def _colour(method: str, order: Sequence[str]) -> str:
+    """One of its own, the same in every figure; grey for a method that is not listed."""
+    return COLOURS[order.index(method) % len(COLOURS)] if method in order else "#7b8794"
+
+
+def _levels(levels: Mapping[str, list[Any]], order: Sequence[str], y: str = "accuracy") -> Figure | None:
     traces = [
         {
             "type": "bar",
             "name": plain(method),
             "x": [f"depth {i + 1}" for i in range(len(values))],
             "y": values,
-            "marker": {"color": COLOURS[i % len(COLOURS)]},
+            "marker": {"color": _colour(method, order)},
         }
-        for i, (method, values) in enumerate(levels.items())
+        for method, values in levels.items()
     ]
     return figure_of(traces, "", y, barmode="group")
 
 
-def _stopping(stops: Sequence[Mapping[str, Any]]) -> Figure | None:
+def _stopping(stops: Sequence[Mapping[str, Any]], order: Sequence[str]) -> Figure | None:
     """Precision against the depth of the answers, a line a method; a point is a threshold."""
     lines: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for stop in stops:
@@ -189,9 +195,9 @@ def _stopping(stops: Sequence[Mapping[str, Any]]) -> Figure | None:
             "y": [s["precision"] for s in mine],
             "text": [f"threshold {s['threshold']:g}, {s['answered']:.0%} answered" for s in mine],
             "hovertemplate": "%{text}<br>depth %{x:.2f}, precision %{y:.3f}",
-            "line": {"color": COLOURS[i % len(COLOURS)]},
+            "line": {"color": _colour(str(mine[0]["method"]), order)},
         }
-        for i, (name, mine) in enumerate(lines.items())
+        for name, mine in lines.items()
     ]
     return figure_of(traces, "mean depth of the answers", "hierarchical precision")
 
@@ -270,7 +276,7 @@ def _ball(ball: Mapping[str, Any]) -> Figure | None:
     return figure
 
 
-def _severity(severity: Mapping[str, Any]) -> Figure | None:
+def _severity(severity: Mapping[str, Any], order: Sequence[str]) -> Figure | None:
     counts = severity.get("counts") or {}
     traces = [
         {
@@ -278,11 +284,11 @@ def _severity(severity: Mapping[str, Any]) -> Figure | None:
             "name": plain(method),
             "x": severity["heights"],
             "y": values,
-            "marker": {"color": COLOURS[i % len(COLOURS)]},
+            "marker": {"color": _colour(method, order)},
         }
-        for i, (method, values) in enumerate(counts.items())
+        for method, values in counts.items()
     ]
-    return figure_of(traces, "height of the lowest common ancestor of truth and answer", "errors", barmode="group")
+    return figure_of(traces, "height of the common ancestor", "errors", barmode="group")
 
 
 def _confusion(confusion: Mapping[str, Any]) -> Figure | None:
@@ -303,7 +309,13 @@ def _confusion(confusion: Mapping[str, Any]) -> Figure | None:
         "colorscale": GREYS,
         "zmin": 0,
         "zmax": 1,
-        "colorbar": {"title": {"text": "share of row"}, "thickness": 12},
+        "colorbar": {
+            "title": {"text": "share of row"},
+            "thickness": 12,
+            "lenmode": "pixels",
+            "len": 180,
+            "tickvals": [0, 0.5, 1],
+        },
     }
     figure = figure_of([trace], "answer", "truth", height=max(360, 26 * len(names) + 220))
     if figure is not None:

@@ -40,6 +40,11 @@ def attended(results: Results) -> str:
     )
 
 
+def sight(results: Results) -> str:
+    """What the encoder was given of topology, in words; "" for one without."""
+    return str(((results.get("figures") or {}).get("shapes") or {}).get("sight") or "")
+
+
 def _experts(experts: Mapping[str, Any]) -> Figure | None:
     groups = dict(sorted((experts.get("groups") or {}).items(), key=lambda entry: entry[0] != "all"))
     names = [f"{plain(group)} ({experts['n'][group]:,})" for group in groups]

@@ -241,6 +241,19 @@ def top_names(embeddings: Embeddings) -> list[str]:
     return [tax.names[tops[node]] if node >= 0 else "" for node in embeddings.target]
 
 
+def parted_names(embeddings: Embeddings, rows: Int[np.ndarray, " n"]) -> list[str]:
+    """Of each row the node above its label on the first level on which the labelled rows differ, "" without one."""
+    tax, target = embeddings.taxonomy, embeddings.target[rows]
+    if tax is None or not tax.is_tree:
+        return np.array(top_names(embeddings))[rows].tolist()
+    table = tax.ancestor_table
+    known = table[target[target >= 0]]
+    parting = np.flatnonzero([len(np.unique(level)) > 1 for level in known.T])
+    level = int(parting[0]) if len(parting) else 0
+    nodes = [int(table[node, level]) if node >= 0 else -1 for node in target]
+    return [tax.names[node] if node >= 0 else "" for node in nodes]
+
+
 def _parts(text: str) -> set[str]:
     return {part.strip().casefold() for part in text.split("|")}
 

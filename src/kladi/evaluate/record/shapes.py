@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from kladi.data.dataset import TRAIN, Dataset
 from kladi.data.embeddings import Embeddings
 from kladi.data.views import whole
-from kladi.evaluate.record.atlas import top_names
+from kladi.evaluate.record.atlas import parted_names
 from kladi.models.fused import DiagramAlone, Fused, file_masks
 from kladi.models.topology import EXPERTS
 
@@ -27,25 +27,32 @@ BATCH = 256
 def of(
     encoder: object, dataset: Dataset, own: Embeddings, rows: Int[np.ndarray, " n"], visible: Bool[np.ndarray, " n"]
 ) -> dict[str, Any]:
-    """experts: mean gate of all images and below each top label, with their number. persistence: median of the most
-    attended points and of all. images: a few diagrams (birth, death, share of attention) with the place of their
-    thumbnail. Empty for an encoder that sees no diagram, or others' in the place of its own.
+    """experts: mean gate of all images, and of each label of the first level that parts them, with their number.
+    persistence: median of the most attended points and of all. images: a few diagrams (birth, death, share of
+    attention) with the place of their thumbnail. sight: what the encoder was given, in words; that alone where it was
+    no diagram of its own, and nothing for an encoder that sees none.
 
     Args:
         own: of the data set, for its labels.
         rows: of the data set, those of the map.
         visible: which of them have a thumbnail.
     """
-    if not isinstance(encoder, Fused) or encoder.sight.given != "own" or not len(rows):
+    if not isinstance(encoder, Fused):
         return {}
+    if encoder.sight.given != "own" or not len(rows):
+        return {"sight": str(encoder.sight)}
     gates, points, masks, shares = (np.concatenate(part) for part in zip(*_looked(encoder, dataset, rows), strict=True))
-    tops = np.array(top_names(own))[rows]
+    names = np.array(parted_names(own, rows))
     found: dict[str, Any] = {
+        "sight": str(encoder.sight),
         "persistence": _persistence(points, masks, shares),
         "images": _examples(points, masks, shares, encoder.sight.tokens[0], own, rows, visible),
     }
     if not isinstance(encoder, DiagramAlone):
-        groups = {"all": np.ones(len(rows), dtype=bool), **{str(top): tops == top for top in np.unique(tops) if top}}
+        groups = {
+            "all": np.ones(len(rows), dtype=bool),
+            **{str(name): names == name for name in np.unique(names) if name},
+        }
         found["experts"] = {
             "names": list(EXPERTS),
             "groups": {name: gates[some].mean(axis=0).round(4).tolist() for name, some in groups.items()},
