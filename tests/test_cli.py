@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from kladi import cli, toy
+from kladi import cli, commands, toy
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +171,11 @@ def test_the_whole_job(capsys, ward, tmp_path):
     page = (tmp_path / "eval" / "report.html").read_bytes()
     assert said(capsys, "report", tmp_path / "eval")[0] == 0
     assert len((tmp_path / "eval" / "report.html").read_bytes()) == len(page)
+
+
+def test_a_stopped_command_says_so(capsys, monkeypatch, tmp_path):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "check", stopped)
+    assert said(capsys, "check", tmp_path) == (130, "", "kladi: stopped\n")

@@ -24,6 +24,7 @@ app = App(
     "Start with: kladi check FOLDER",
     version=__version__,
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,  # `main` says that it stopped
 )
 
 Data = Annotated[

@@ -109,6 +109,7 @@ def _strengths(data: Path, config: settings.Config, out: Path) -> None:
     import json
 
     from kladi.data import load
+    from kladi.data.dataset import TRAIN
     from kladi.data.views.kept_strengths import strengths_of, written
     from kladi.models.fused import side_of
     from kladi.report import page, strengths
@@ -119,7 +120,10 @@ def _strengths(data: Path, config: settings.Config, out: Path) -> None:
     for name, weak, strong in strengths.lines(found):
         _line(name, f"weak {weak}; strong {strong}", width=26)
     path = out.with_suffix(".strengths.html")
-    page.write_strengths(found, path)
+    region = {"whole": "whole images", "foreground": "their foregrounds", "mask": "what lies inside their masks"}
+    most = min(config.topology.calibration, int((dataset.split == TRAIN).sum()))
+    what = f"{region[config.topology.region]}, diagrams at {side} px, seed {config.train.seed}"
+    page.write_strengths(found, path, f"Of at most {_count(most, 'training image')} of {data.name}: {what}")
     _line("wrote", str(path))
 
 

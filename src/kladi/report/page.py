@@ -137,11 +137,15 @@ def render(results: Results, atlas: Mapping[str, Any] | None, thumbnails: list[s
     )
 
 
-def write_strengths(strengths: Mapping[str, Any], path: Path) -> None:
-    """A page of the strengths that were measured for a data set, from the content of strengths.json."""
+def write_strengths(strengths: Mapping[str, Any], path: Path, of: str = "") -> None:
+    """A page of the strengths that were measured for a data set, from the content of strengths.json.
+
+    Args:
+        of: what they were measured on, in words.
+    """
     drawn = strengths_page.figure(strengths)
     data = {"figures": {} if drawn is None else {"strengths": drawn}}
-    said = {"lines": strengths_page.lines(strengths), "skipped": strengths["skipped"]}
+    said = {"lines": strengths_page.lines(strengths), "skipped": strengths["skipped"], "of": of}
     _write_private(path, _filled("strengths.html", data, **said))
 
 
