@@ -306,3 +306,17 @@ def test_the_page_and_the_measurements_agree_which_way_is_better():
     from kladi.evaluate.answers import LOWER_IS_BETTER
 
     assert wording.LOWER_IS_BETTER == LOWER_IS_BETTER
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["a/b/c", "a/b/d/e"], ["c", "d/e"]),
+        (["a/b", "a/b/c"], ["b", "b/c"]),
+        (["a", "b"], ["a", "b"]),
+        (["a/b"], ["b"]),
+        (["a/b", "c/d"], ["a/b", "c/d"]),
+    ],
+)
+def test_what_stands_above_all_labels_says_nothing(names, shown):
+    assert figures._below_all(names) == shown

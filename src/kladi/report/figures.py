@@ -297,7 +297,8 @@ def _confusion(confusion: Mapping[str, Any]) -> Figure | None:
     if not names:
         return None
     shares = [[c / max(sum(row), 1) for c in row] for row in counts]
-    labels = [plain(name) for name in names]
+    labels = [plain(name) for name in _below_all(names)]
+    longest = max(map(len, labels))
     trace = {
         "type": "heatmap",
         "z": shares,
@@ -317,15 +318,23 @@ def _confusion(confusion: Mapping[str, Any]) -> Figure | None:
             "tickvals": [0, 0.5, 1],
         },
     }
-    figure = figure_of([trace], "answer", "truth", height=max(360, 26 * len(names) + 220))
+    figure = figure_of([trace], "answer", "truth", height=max(300, 26 * len(names) + 140) + 6 * longest)
     if figure is not None:
-        longest = max(len(name) for name in names)
         figure["layout"]["yaxis"].update(
             {"autorange": "reversed", "automargin": True, "title": {"text": "truth", "standoff": 8}}
         )
         figure["layout"]["xaxis"].update({"automargin": True, "tickangle": 60 if longest > 6 else 0})
-        figure["layout"]["shapes"] = _parent_lines(names)
+        figure["layout"]["shapes"] = _parent_lines(_below_all(names))
     return figure
+
+
+def _below_all(names: Sequence[str]) -> list[str]:
+    """Names without the path that stands above all of them; of each at least its last part stays."""
+    parts = [name.split("/") for name in names]
+    above = 0
+    while len({tuple(one[: above + 1]) for one in parts}) == 1 and all(len(one) > above + 1 for one in parts):
+        above += 1
+    return ["/".join(one[above:]) for one in parts]
 
 
 def _parent_lines(names: list[str]) -> list[dict[str, Any]]:
