@@ -30,7 +30,7 @@ from kladi.structure.topology import Diagram, band, diagram, diagrams, relative_
 SIZES = (28, 64, 224)
 WHOLE = 200
 """Pixels above which an image is a whole photograph, not a piece of it."""
-STEPS = 5
+STEPS, TURNS = 5, 11
 
 
 def main() -> None:
@@ -85,7 +85,7 @@ def distances(images: list[np.ndarray]) -> str:
 def step(size: int, batch: int) -> str:
     """A whole training step on ready views: encoder, SimCLR, backward, AdamW. Without and with topology in turns."""
     without, with_it = stepper(size, batch, sees="image"), stepper(size, batch, sees="both")
-    turns = [(seconds(without), seconds(with_it)) for _ in range(STEPS + 1)][1:]  # the first is a warm-up
+    turns = [(seconds(without), seconds(with_it)) for _ in range(TURNS + 1)][1:]  # the first is a warm-up
     ratio = statistics.median(theirs / ours for ours, theirs in turns)
     plain, fused = (1000 * statistics.median(cost) for cost in zip(*turns, strict=True))
     return f"| resnet18, {size} | {batch} | {plain:.0f} | {fused:.0f} | {ratio:.2f} |"

@@ -140,7 +140,7 @@ def test_a_run_says_its_tables_and_goes_on_to_the_same_bits(tmp_path):
     part = tiny.settings(objective__name="auto", train__epochs=3, train__max_steps=4)
     fit(data, part, tmp_path / "run", progress=Silent())
     other = with_tables(tiny.data(), seed=1)
-    with pytest.raises(UserError, match="or tables have changed"):
+    with pytest.raises(UserError, match="tables or masks have changed"):
         fit(other, whole, tmp_path / "run", resume=True, progress=Silent())
     fit(data, whole, tmp_path / "run", resume=True, progress=Silent())
     for name in ("model.safetensors", "head.safetensors"):
