@@ -23,6 +23,7 @@ RANK = {
     "report": 5,
     "plan": 6,
     "study": 6,
+    "printed": 6,
     "commands": 7,
     "cli": 8,
     "demo": 9,

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import os
 import shlex
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from kladi import __version__
 from kladi import config as settings
+from kladi import printed
 from kladi.errors import UserError, suggestion
-
-WIDTH = 11
-"""Columns of the first word of a line, as in `images     12,430 readable`."""
 
 MOST_RANK = 1_000
 """Factors of a set of tables."""
@@ -30,20 +25,20 @@ def check(data: Path, config: settings.Config, out: Path | None) -> int:
 
     start = time.perf_counter()
     inspection = load.inspect(data, config)
-    _head("check", str(data), summary.described(inspection))
+    printed.head("check", str(data), summary.described(inspection))
     for name, text in summary.lines(inspection, config, time.perf_counter() - start, **_pair_rules(config)):
-        _line(name, text)
+        printed.line(name, text)
     for name, text in summary.finding_lines(inspection.findings, inspection.manifest):
-        _line(name, text)
+        printed.line(name, text)
     if out:
         summary.write_csv(inspection.findings, out)
-        _line("wrote", str(out))
+        printed.line("wrote", str(out))
     errors = len(inspection.errors())
     warnings = sum(f.severity == "warning" for f in inspection.findings)
     verdict = "not ready" if errors else "ready"
-    _line(f"{verdict}:", f"{_count(errors, 'error')}, {_count(warnings, 'warning')}", width=0)
+    printed.line(f"{verdict}:", f"{printed.count(errors, 'error')}, {printed.count(warnings, 'warning')}", width=0)
     if not errors:
-        _line("next", f"kladi plan {data}{_asked(config)} --out plan.toml")
+        printed.line("next", f"kladi plan {data}{_asked(config)} --out plan.toml")
     return 1 if errors else 0
 
 
@@ -68,17 +63,17 @@ def plan(data: Path, out: Path, earlier: Path | None, given: Mapping[str, Any], 
     dataset, inspection = load.load(data, settings.override(settings.Config(), given))
     facts = planning.fingerprint(dataset, settings.override(settings.Config(), given).intensity)
     config, reasons = planning.choose(facts, given)
-    _head(
+    printed.head(
         "plan", f"{facts.images:,} images, {facts.patients:,} patients, {facts.leaves} labels", f"{facts.cores} cores"
     )
-    _warnings(inspection)
+    printed.warnings(inspection)
     for d in facts.structure:
-        _line(d.name, diagnostics.sentence(d), width=26)
+        printed.line(d.name, diagnostics.sentence(d), width=26)
     if config.topology.on:
         _strengths(data, config, out)
     proof = None
     if smoke:
-        _message(f"smoke      {planning.SMOKE_STEPS} steps of the planned run")
+        printed.message(f"smoke      {planning.SMOKE_STEPS} steps of the planned run")
         dataset, _ = load.load(data, config)
         proof = planning.smoke(dataset, config)
         if "train.epochs" not in given and "train.epochs" not in reasons:
@@ -87,20 +82,21 @@ def plan(data: Path, out: Path, earlier: Path | None, given: Mapping[str, Any], 
             reasons["train.epochs"] = why
     for key, reason in reasons.items():
         section, name = key.split(".", 1)
-        _line(key, f"{_shown(getattr(getattr(config, section), name.split('.')[0])):<24} {reason}", width=26)
+        value = printed.shown(getattr(getattr(config, section), name.split(".")[0]))
+        printed.line(key, f"{value:<24} {reason}", width=26)
     for name, text in summary.metadata_lines(dataset, config.train.batch, **_pair_rules(config)):
-        _line(name, text, width=26)
+        printed.line(name, text, width=26)
     if facts.held_out_patients:
-        _line("held out", f"{facts.held_out_patients:,} patients, never seen in pretraining", width=26)
+        printed.line("held out", f"{facts.held_out_patients:,} patients, never seen in pretraining", width=26)
     if proof is not None:
-        _line(
+        printed.line(
             "smoke",
             f"{planning.SMOKE_STEPS} steps: loss {proof.first_loss:.2f} -> {proof.last_loss:.2f}, finite, "
             f"{proof.seconds_a_step:.2g} s a step",
             width=26,
         )
     planning.write(config, reasons, out)
-    _line("wrote", f"{out}; next: kladi pretrain {data} --config {out} --out runs/a", width=0)
+    printed.line("wrote", f"{out}; next: kladi pretrain {data} --config {out} --out runs/a", width=0)
     return 0
 
 
@@ -116,15 +112,16 @@ def _strengths(data: Path, config: settings.Config, out: Path) -> None:
 
     dataset, _ = load.load(data, config)
     side = side_of(config.topology, config.intensity.size)
-    found = json.loads(written(strengths_of(dataset, config, side, lambda what, text: _message(f"{what:<11}{text}"))))
+    measured = strengths_of(dataset, config, side, lambda what, text: printed.message(f"{what:<11}{text}"))
+    found = json.loads(written(measured))
     for name, weak, strong in strengths.lines(found):
-        _line(name, f"weak {weak}; strong {strong}", width=26)
+        printed.line(name, f"weak {weak}; strong {strong}", width=26)
     path = out.with_suffix(".strengths.html")
     region = {"whole": "whole images", "foreground": "their foregrounds", "mask": "what lies inside their masks"}
     most = min(config.topology.calibration, int((dataset.split == TRAIN).sum()))
     what = f"{region[config.topology.region]}, diagrams at {side} px, seed {config.train.seed}"
-    page.write_strengths(found, path, f"Of at most {_count(most, 'training image')} of {data.name}: {what}")
-    _line("wrote", str(path))
+    page.write_strengths(found, path, f"Of at most {printed.count(most, 'training image')} of {data.name}: {what}")
+    printed.line("wrote", str(path))
 
 
 def pretrain(data: Path, config: settings.Config, out: Path, *, resume: bool, force_unlock: bool, dry_run: bool) -> int:
@@ -142,26 +139,28 @@ def pretrain(data: Path, config: settings.Config, out: Path, *, resume: bool, fo
     if follows:  # the process that leads the run says all there is to say
         fit(dataset, config, out, resume=resume)
         return 0
-    _head("pretrain", str(out), f"seed {config.train.seed}, no network")
-    _warnings(inspection)
+    printed.head("pretrain", str(out), f"seed {config.train.seed}, no network")
+    printed.warnings(inspection)
     if dry_run:
         training.check(config.train)
         encoder, match = training.begun(config)
         trained = int((dataset.split == TRAIN).sum())
-        _line("would", f"train {encoder.title} on {_count(trained, 'image')} with {config.objective.name}")
+        printed.line(
+            "would", f"train {encoder.title} on {printed.count(trained, 'image')} with {config.objective.name}"
+        )
         if match is not None:
-            _line("from", f"{config.init.weights}: {match}")
-        _line("and", f"write {out}")
+            printed.line("from", f"{config.init.weights}: {match}")
+        printed.line("and", f"write {out}")
         return 0
     fit(dataset, config, out, resume=resume, force_unlock=force_unlock, notes=summary.notes(inspection))
-    _line("wrote", f"{out}/model.safetensors, metrics.jsonl")
+    printed.line("wrote", f"{out}/model.safetensors, metrics.jsonl")
     if config.topology.sees != "diagram":
         from kladi.models import backbones
 
-        _line("in timm", backbones.in_timm(config.encoder, config.intensity, f"{out}/model.safetensors"))
+        printed.line("in timm", backbones.in_timm(config.encoder, config.intensity, f"{out}/model.safetensors"))
         if config.topology.on and config.topology.sees == "both":
-            _message("notice     that is the image encoder alone; with its diagram encoder: kladi.load")
-    _line("next", f"kladi evaluate {out} {data} --out {out}/eval")
+            printed.message("notice     that is the image encoder alone; with its diagram encoder: kladi.load")
+    printed.line("next", f"kladi evaluate {out} {data} --out {out}/eval")
     return 0
 
 
@@ -181,11 +180,11 @@ def embed(run: Path, data: Path, out: Path, overrides: Mapping[str, str]) -> int
 
     encoder = load_encoder(run)
     dataset, inspection = load.load(data, _run_config(run, overrides))
-    _head("embed", str(run), _count(len(dataset), "image"))
-    _warnings(inspection)
+    printed.head("embed", str(run), printed.count(len(dataset), "image"))
+    printed.warnings(inspection)
     out.mkdir(parents=True, exist_ok=True)
     embedded(encoder, dataset, head=heads.load(run)).write(out / "embeddings.npz")
-    _line("wrote", f"{out}/embeddings.npz")
+    printed.line("wrote", f"{out}/embeddings.npz")
     return 0
 
 
@@ -197,15 +196,15 @@ def evaluate(run: Path, data: Path, out: Path, overrides: Mapping[str, str]) -> 
 
     config = _run_config(run, overrides)
     dataset, inspection = load.load(data, config)
-    _head(
+    printed.head(
         "evaluate",
         str(run),
-        f"{_count(len(dataset), 'image')}, split by patient" if dataset.has_patients else "no patient ids",
+        f"{printed.count(len(dataset), 'image')}, split by patient" if dataset.has_patients else "no patient ids",
     )
-    _warnings(inspection)
-    measured(run, dataset, config, out, findings=inspection.findings, say=_message)
+    printed.warnings(inspection)
+    measured(run, dataset, config, out, findings=inspection.findings, say=printed.message)
     written = page.write(out, None)
-    _line("wrote", f"{out}/results.json, {written}")
+    printed.line("wrote", f"{out}/results.json, {written}")
     return 0
 
 
@@ -218,12 +217,12 @@ def export(run: Path, out: Path, kind: str) -> int:
     line = exported(run, out, kind)
     described = backbones.read_description(run)["kladi"]
     if "topology" in described:
-        _message("notice     the image encoder alone; its diagram encoder and their mixture need kladi")
+        printed.message("notice     the image encoder alone; its diagram encoder and their mixture need kladi")
     if kind == "torchvision" and described["intensity"]["channels"] == 1:
-        _message("notice     torchvision takes three channels: feed it the grey image three times")
-    _line("compared", f"the features of two images are those of the run, to {TOLERANCE:g}")
-    _line("wrote", str(out))
-    _line("in Python", line)
+        printed.message("notice     torchvision takes three channels: feed it the grey image three times")
+    printed.line("compared", f"the features of two images are those of the run, to {TOLERANCE:g}")
+    printed.line("wrote", str(out))
+    printed.line("in Python", line)
     return 0
 
 
@@ -232,9 +231,9 @@ def compare(path: Path, out: Path, *, workers: int, force_unlock: bool) -> int:
     from kladi.report import page
     from kladi.study.compare import compare as compared
 
-    _head("compare", str(path), "no network")
-    compared(path, out, workers=workers, say=_message, force_unlock=force_unlock)
-    _line("wrote", f"{out}/results.json, {page.write(out, None)}")
+    printed.head("compare", str(path), "no network")
+    compared(path, out, workers=workers, say=printed.message, force_unlock=force_unlock)
+    printed.line("wrote", f"{out}/results.json, {page.write(out, None)}")
     return 0
 
 
@@ -269,20 +268,22 @@ def factors(
         raise UserError(f"{again[0]} is named twice; each table is a modality of its own")
     given = [_embedded(path) if path.suffix.lower() == ".npz" else path for path in paths]
     tables = patient_tables.read(given, key=key, leave_out=leave_out, levels=levels, outcome=outcome)
-    _head("factors", _count(len(tables.rows), "patient"), _count(len(paths), "table"))
+    printed.head("factors", printed.count(len(tables.rows), "patient"), printed.count(len(paths), "table"))
     for finding in tables.findings:
-        _message(f"{finding.severity:<11}{line(finding)}")
-    file = analyse(tables, out, ranks=chosen, resamples=resamples, seed=seed, say=_message)
+        printed.message(f"{finding.severity:<11}{line(finding)}")
+    file = analyse(tables, out, ranks=chosen, resamples=resamples, seed=seed, say=printed.message)
     content = json.loads(file.read_text(encoding="utf-8"))
     for structure in content["structures"]:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in structure["explained"].items())
-        _line("+".join(structure["tables"]), f"{counted(structure['rank'], 'factor')}: {shares}", width=26)
+        printed.line("+".join(structure["tables"]), f"{counted(structure['rank'], 'factor')}: {shares}", width=26)
     if content["outcome"]:
         found = content["outcome"]
         share, spread = found["explained"]["mean"], found["explained"]["sd"]
-        _line(outcome, f"factors foretell {share:.0%} of it (sd {spread:.0%} over {found['folds']} folds)", width=26)
+        printed.line(
+            outcome, f"factors foretell {share:.0%} of it (sd {spread:.0%} over {found['folds']} folds)", width=26
+        )
     page.write_factors(content, out / "report.html")
-    _line("wrote", f"{file}, {out}/factors.csv, {out}/report.html")
+    printed.line("wrote", f"{file}, {out}/factors.csv, {out}/report.html")
     return 0
 
 
@@ -328,7 +329,7 @@ def report(path: Path, out: Path | None) -> int:
     """Draw the page again."""
     from kladi.report import page
 
-    _line("wrote", str(page.write(path, out)))
+    printed.line("wrote", str(page.write(path, out)))
     return 0
 
 
@@ -342,7 +343,7 @@ def list_names(what: str, pattern: str) -> int:
     for name in _names(what):
         if fnmatch.fnmatch(name, pattern):
             default, meaning = meanings.get(name, ("", ""))
-            _console().out(f"{name:<26}{default:<22} {meaning}" if meaning else name, highlight=False)
+            printed.line(name, f"{default:<22} {meaning}" if meaning else "", width=26 if meaning else 0)
     return 0
 
 
@@ -359,7 +360,7 @@ def _names(what: str) -> list[str]:
         return timm.list_models()
     from kladi.evaluate import metrics
 
-    return sorted(name for name in dir(metrics) if not name.startswith("_") and callable(getattr(metrics, name)))
+    return sorted(name for name in dir(metrics) if inspect.isfunction(getattr(metrics, name)))
 
 
 def _pair_rules(config: settings.Config) -> dict[str, Any]:
@@ -385,38 +386,3 @@ def _run_config(run: Path, overrides: Mapping[str, str]) -> settings.Config:
     from kladi.learn import run_folder
 
     return settings.override(run_folder.read_config(run), overrides)  # with the run's own copy of its taxonomy
-
-
-def _console() -> Console:
-    return Console(file=sys.stdout, highlight=False, markup=False, soft_wrap=True)
-
-
-def _head(verb: str, what: str, more: str) -> None:
-    _console().out(f"kladi {__version__}  {verb}  {what}  ({more})", highlight=False)
-
-
-def _line(name: str, text: str, width: int = WIDTH) -> None:
-    _console().out(f"{name:<{width}}{'' if len(name) < width else ' '}{text}", highlight=False)
-
-
-def _warnings(inspection: Any) -> None:
-    """Warnings and left-out files on stderr, where messages go."""
-    from kladi.data import summary
-
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    found = [f for f in inspection.findings if f.severity != "error"]
-    for name, text in summary.finding_lines(found, inspection.manifest):
-        console.out(f"{name:<{WIDTH}}{text}", highlight=False)
-
-
-def _message(text: str) -> None:
-    """Progress on stderr, where messages go."""
-    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).out(text, highlight=False)
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number:,} {word}{'' if number == 1 else 's'}"
-
-
-def _shown(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)

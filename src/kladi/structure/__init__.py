@@ -1,1 +1,1 @@
-"""What the data knows: label trees, label sets, and (later) lattices and topology. NumPy values, frozen."""
+"""What the data knows: label trees, label sets, topology, lattices of modalities. NumPy values, frozen."""
