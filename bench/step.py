@@ -24,14 +24,14 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
     "simclr": ("simclr", {}),
     "cross_entropy": ("cross_entropy", {}),
     "himulcon": ("himulcon", {}),
-    "hwc": ("label_tree", {"lam": 0.0}),
+    "hwc": ("label_tree", {"mode": "scale", "lam": 0.0}),
     "hwc, mass": ("label_tree", {"lam": 0.0, "mode": "mass"}),
-    "hwc, graded": ("label_tree", {"lam": 0.0, "positives": "graded"}),
-    "hwc, view": ("label_tree", {"lam": 0.0, "positives": "view"}),
+    "hwc, graded": ("label_tree", {"mode": "scale", "lam": 0.0, "positives": "graded"}),
+    "hwc, view": ("label_tree", {"mode": "scale", "lam": 0.0, "positives": "view"}),
     "lam": ("label_tree", {"hwc": 0.0, "lam": 1.0}),
-    "hwc + lam": ("label_tree", {}),
-    "hwc + lam, ball": ("label_tree", {"geometry": "poincare"}),
-    "hwc + lam, ball learned": ("label_tree", {"geometry": "poincare", "learn_curvature": True}),
+    "hwc + lam": ("label_tree", {"mode": "scale"}),
+    "hwc + lam, ball": ("label_tree", {"mode": "scale", "geometry": "poincare"}),
+    "hwc + lam, ball learned": ("label_tree", {"mode": "scale", "geometry": "poincare", "learn_curvature": True}),
 }
 
 

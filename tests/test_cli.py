@@ -1,5 +1,7 @@
 """The command line: a mistake is at most three lines on stderr, exit 2, no traceback, and nothing is written."""
 
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -179,3 +181,47 @@ def test_a_stopped_command_says_so(capsys, monkeypatch, tmp_path):
 
     monkeypatch.setattr(commands, "check", stopped)
     assert said(capsys, "check", tmp_path) == (130, "", "kladi: stopped\n")
+
+
+def anatomies(ward):
+    lines = [line.split(",") for line in (ward / "manifest.csv").read_text().splitlines()]
+    return [line[lines[0].index("anatomy")] for line in lines[1:]]
+
+
+def test_what_comes_next_can_be_pasted(capsys, ward, tmp_path):
+    folder = tmp_path / "a b"
+    folder.mkdir()
+    tree = folder / "parts.csv"
+    tree.write_text("child,parent\n" + "".join(f"{name},\n" for name in sorted(set(anatomies(ward)))))
+    keys = ["--data.metadata", "anatomy", "--data.metadata_trees.anatomy", tree, "--data.allow_outside", "true"]
+    keys += ["--objective.args.alpha", "0.2", "--intensity.size", "32"]
+    manifest = shutil.copytree(ward, folder / "ward") / "manifest.csv"
+    _, out, _ = said(capsys, "check", manifest, *keys)
+    (line,) = [line for line in out.splitlines() if line.startswith("next")]
+    words = shlex.split(line.removeprefix("next").replace("plan.toml", shlex.quote(str(tmp_path / "plan.toml"))))
+    assert words[:3] == ["kladi", "plan", str(manifest)]
+    given = dict(zip(words[3::2], words[4::2], strict=True))
+    assert {key: str(value) for key, value in zip(keys[::2], keys[1::2], strict=True)}.items() <= given.items()
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (["--objective.name", "byool"], '"byool" is no objective; closest: "byol"'),
+        (["--objective.name", "byol", "--objective.args.tempature", "3"], "is no argument of byol"),
+        (["--topology.side", "900"], "has no more than"),
+        (["--topology.sees", "diagram", "--topology.diagrams", "none"], "would see nothing at all"),
+    ],
+)
+def test_a_dry_run_promises_nothing_that_the_run_refuses(capsys, ward, tmp_path, asked, words):
+    on = ["--topology.on", "true"] if "--topology.side" in asked or "--topology.sees" in asked else []
+    code, _, err = said(capsys, "pretrain", ward / "manifest.csv", "--out", tmp_path / "r", "--dry-run", *on, *asked)
+    assert code == 2
+    assert words in err
+
+
+def test_a_dry_run_sees_that_the_folder_is_taken(capsys, ward, tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "mine.txt").write_text("mine")
+    code, _, err = said(capsys, "pretrain", ward / "manifest.csv", "--out", tmp_path / "r", "--dry-run")
+    assert (code, "is not empty (it holds mine.txt)" in err) == (2, True)

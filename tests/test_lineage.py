@@ -6,14 +6,18 @@ import json
 import numpy as np
 import pytest
 
+import kladi
 import tiny
+from kladi import config as settings
 from kladi.data.dataset import HELD_OUT, TRAIN
 from kladi.errors import UserError
-from kladi.evaluate import pretraining
+from kladi.evaluate import pretraining, protocol
+from kladi.evaluate.embed import embed
 from kladi.learn import lineage
 from kladi.learn.console import Silent
 from kladi.learn.fit import fit
 from kladi.learn.lineage import Stage
+from kladi.study import arms
 
 
 def with_trained(data, some):
@@ -37,16 +41,16 @@ def stages(tmp_path):
 def test_what_was_before_counts(stages):
     data, half, runs = stages
     first, last = (pretraining.of_run(runs / name, data) for name in ("a", "c"))
-    assert [stage.objective for stage in last.before] == ["supcon", "simclr"]
-    assert [stage.epochs for stage in last.before] == [first.epochs, 1]
-    assert last.before[0].images_seen == first.images_seen
-    assert not first.before
+    assert [stage.objective for stage in last.before.stages] == ["supcon", "simclr"]
+    assert [stage.epochs for stage in last.before.stages] == [first.epochs, 1]
+    assert last.before.stages[0].images_seen == first.images_seen
+    assert not first.before.stages
     assert last.supervised  # it reads no label itself
     assert lineage.of_run(runs / "c").row_id.tolist() == sorted(data.row_id.tolist())
     own = np.isin(data.group, data.group[~half])
     assert np.array_equal(last.seen, own | np.isin(data.group, data.group[half]))
     assert json.loads((runs / "c" / "config.json").read_text())["kladi"]["before"] == [
-        dataclasses.asdict(stage) for stage in last.before
+        dataclasses.asdict(stage) for stage in last.before.stages
     ]
 
 
@@ -64,12 +68,40 @@ def test_a_resumed_run_keeps_what_it_began_with(stages):
     fit(trained, stopped, runs / "d", progress=Silent())
     (runs / "a").rename(runs / "elsewhere")
     fit(trained, config, runs / "d", resume=True, progress=Silent())
-    assert [stage.objective for stage in pretraining.of_run(runs / "d", data).before] == ["supcon"]
+    assert [stage.objective for stage in pretraining.of_run(runs / "d", data).before.stages] == ["supcon"]
 
 
 def test_weights_that_say_nothing_of_themselves_are_said_to(stages):
-    _, _, runs = stages
-    assert lineage.behind(runs / "a" / "model.safetensors").stages == (Stage(""),)
+    data, half, runs = stages
+    assert lineage.behind(runs / "b" / "model.safetensors").stages == lineage.behind(runs / "b").stages
+    alone = (runs / "a" / "model.safetensors").rename(runs / "somebodys.safetensors")
+    assert lineage.behind(alone).stages == (Stage(""),)
+    config = tiny.settings(objective__name="simclr", train__epochs=1, init__weights=str(alone))
+    fit(with_trained(data, half), config, runs / "e", progress=Silent())
+    found = pretraining.of_run(runs / "e", data)
+    assert not found.before.known
+    assert (found.before.epochs, found.before.images_seen) == (None, None)
+    plan = protocol.choose(embed(kladi.load(runs / "e"), data), found, config)
+    assert any("began with weights from a file" in warning for warning in plan.warnings)
+
+
+def test_a_study_knows_what_stands_behind_weights(stages):
+    data, _, runs = stages
+    config = tiny.settings(objective__name="simclr", init__weights=str(runs / "b"))
+    arm = arms.Arm("other", config, "pretrained")
+    assert arm.reads_labels
+    assert arms.epochs_before(arm) == lineage.behind(runs / "b").epochs == 3
+    bare = arms.Arm("bare", dataclasses.replace(config, init=settings.Init()), "pretrained")
+    assert not bare.reads_labels
+    assert arms.epochs_before(bare) == 0
+    assert arms.images_seen(arm, data) == arms.images_seen(bare, data) + lineage.behind(runs / "b").images_seen
+
+
+def test_a_lost_lineage_is_refused(stages):
+    data, _, runs = stages
+    (runs / "c" / "before.json").unlink()
+    with pytest.raises(UserError, match=r"before.json is missing"):
+        pretraining.of_run(runs / "c", data)
 
 
 @pytest.mark.parametrize("damaged", ["", "{", '[{"objective": 1, "x": 2}]', "[1]"])

@@ -320,3 +320,23 @@ def test_the_page_and_the_measurements_agree_which_way_is_better():
 )
 def test_what_stands_above_all_labels_says_nothing(names, shown):
     assert figures._below_all(names) == shown
+
+
+def test_labels_that_look_like_numbers_are_names():
+    confusion = {"nodes": ["birads/1", "birads/2"], "counts": [[3, 1], [0, 2]]}
+    layout = figures.all_figures({"figures": {"confusion": confusion}}, None)["confusion"]["layout"]
+    assert layout["xaxis"]["type"] == layout["yaxis"]["type"] == "category"
+    assert layout["shapes"] == []  # siblings have no border between them
+
+
+def test_a_method_has_one_colour_in_every_figure():
+    shown = figures.all_figures(example(), None)
+    colours = {}
+    for name in ("levels", "calibration", "severity", "violations"):
+        for trace in shown[name]["data"] if name in shown else ():
+            colours.setdefault(trace["name"], set()).add(trace["marker"]["color"])
+    for trace in shown["stopping"]["data"] if "stopping" in shown else ():
+        colours.setdefault(trace["name"].partition(",")[0], set()).add(trace["line"]["color"])
+    assert len(colours) > 1
+    assert all(len(own) == 1 for own in colours.values())
+    assert len({next(iter(own)) for own in colours.values()}) == len(colours)

@@ -38,7 +38,7 @@ def check(data: Path, config: settings.Config, out: Path | None) -> int:
     verdict = "not ready" if errors else "ready"
     printed.line(f"{verdict}:", f"{printed.count(errors, 'error')}, {printed.count(warnings, 'warning')}", width=0)
     if not errors:
-        printed.line("next", f"kladi plan {data}{_asked(config)} --out plan.toml")
+        printed.line("next", f"kladi plan {shlex.quote(str(data))}{_asked(config)} --out plan.toml")
     return 1 if errors else 0
 
 
@@ -46,9 +46,16 @@ def _asked(config: settings.Config) -> str:
     """What somebody asked for, as it is typed: ` --data.allow_outside true`."""
     usual, given = settings.to_dict(settings.Config()), settings.to_dict(config)
     keys = {f"{s}.{k}": v for s, table in given.items() for k, v in table.items() if v != usual[s][k]}
-    shown = {key: ",".join(map(str, v)) if isinstance(v, list) else v for key, v in keys.items()}
-    words = {key: str(v).lower() if isinstance(v, bool) else v for key, v in shown.items() if not isinstance(v, dict)}
-    return "".join(f" --{key} {shlex.quote(str(value))}" for key, value in words.items())
+    flat: dict[str, Any] = {}
+    for key, value in keys.items():
+        flat |= {f"{key}.{name}": one for name, one in value.items()} if isinstance(value, dict) else {key: value}
+    return "".join(f" --{key} {shlex.quote(_typed(value))}" for key, value in flat.items())
+
+
+def _typed(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(_typed, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def plan(data: Path, out: Path, earlier: Path | None, given: Mapping[str, Any], smoke: bool) -> int:
@@ -128,8 +135,10 @@ def pretrain(data: Path, config: settings.Config, out: Path, *, resume: bool, fo
     """Train, or say what training would do."""
     from kladi.data import load, summary
     from kladi.data.dataset import TRAIN
-    from kladi.learn import ranks, signals, training
+    from kladi.learn import presets, ranks, run_folder, signals, training
+    from kladi.learn.facts import Facts
     from kladi.learn.fit import fit
+    from kladi.models.heads import Projector
 
     follows = ranks.follows(config.train)
     if follows and ranks.started_here():
@@ -143,7 +152,11 @@ def pretrain(data: Path, config: settings.Config, out: Path, *, resume: bool, fo
     printed.warnings(inspection)
     if dry_run:
         training.check(config.train)
+        if out.is_dir() and not resume:
+            run_folder.require_empty(out)
         encoder, match = training.begun(config)
+        projector = Projector(encoder.width, *config.encoder.projector)
+        presets.build(config.objective.name, config.objective.args, Facts.of(dataset), encoder, projector)
         trained = int((dataset.split == TRAIN).sum())
         printed.line(
             "would", f"train {encoder.title} on {printed.count(trained, 'image')} with {config.objective.name}"

@@ -109,9 +109,6 @@ def choose(facts: Fingerprint, given: Mapping[str, Any]) -> tuple[settings.Confi
     chosen["encoder.name"] = ("resnet50", "accelerator") if gpu else ("resnet18", "no accelerator")
     chosen.update(_augmentation(facts, colour))
     chosen["objective.name"] = _objective(facts)
-    asked = [key for key in given if key.startswith("objective.")]
-    if chosen["objective.name"][0] == "label_tree" and not asked:
-        chosen["objective.args"] = ({"mode": "mass"}, "as scale, few and alike images may stay in one place")
     least = max(8, min(256, 2 ** int(np.log2(max(facts.train_images // 4, 8)))))
     chosen["train.batch"] = (least, f"{facts.train_images} training images; {2 * least - 1} others for each anchor")
     if gpu:

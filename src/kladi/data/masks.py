@@ -16,7 +16,7 @@ from kladi.data.findings import Finding
 from kladi.data.pixels.frame import Limits, Unreadable
 from kladi.data.pixels.masks import Mask, MaskFile
 from kladi.data.rows.manifest import Manifest
-from kladi.data.rows.paths import BLANK, FAULTS, OK, locate
+from kladi.data.rows.paths import BLANK, FAULTS, FOLDER, OK, locate
 from kladi.data.views.region import LEAST_AREA, MOST_AREA, Region
 from kladi.errors import UserError, suggestion
 
@@ -65,7 +65,7 @@ def read(
 
 
 def _words(state: int, what: str) -> str:
-    return "none is named; the whole image is looked at" if state == BLANK else what
+    return {BLANK: "none is named; the whole image is looked at", FOLDER: "a folder, no file"}.get(state, what)
 
 
 def _faults(found: list[Mask | Unreadable | None], row: pl.Series) -> list[Finding]:

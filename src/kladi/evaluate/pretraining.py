@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float32
 from kladi.data.dataset import Dataset
 from kladi.evaluate.readouts.regimes import OwnAnswers
 from kladi.learn import journal, lineage, run_folder
-from kladi.learn.lineage import Stage
+from kladi.learn.lineage import Lineage
 from kladi.losses import geometry as spaces
 from kladi.models import backbones, heads
 from kladi.sections import WITHOUT_LABELS, WITHOUT_STRUCTURE
@@ -40,7 +40,7 @@ class Pretraining:
     space: where its head's embeddings live.
     seen: bool[n], rows of the data set that it was trained on, or whose patient it was; None where that is unknown.
     epochs, images_seen, seed: of its own training, None where unknown.
-    before: the runs whose weights it began with; what they read and saw counts as read and seen.
+    before: what it began with; what that read and saw counts as read and seen.
     curves, monitors: from its journal.
     """
 
@@ -52,7 +52,7 @@ class Pretraining:
     epochs: int | None = None
     images_seen: int | None = None
     seed: int | None = None
-    before: tuple[Stage, ...] = ()
+    before: Lineage = field(default_factory=Lineage)
     curves: tuple[Mapping[str, Any], ...] = ()
     monitors: tuple[Mapping[str, Any], ...] = ()
 
@@ -72,8 +72,8 @@ def of_run(run: Path, dataset: Dataset) -> Pretraining:
     name, args = str(objective.get("name", "")), dict(objective.get("args") or {})
     lines = journal.read(run / "metrics.jsonl")
     epochs = described.get("epochs")
-    before = lineage.of_run(run).stages
-    names = {name, *(stage.objective for stage in before if stage.objective)}
+    before = lineage.of_run(run)
+    names = {name, *(stage.objective for stage in before.stages if stage.objective)}
     return Pretraining(
         objective=name,
         supervised=bool(names - WITHOUT_LABELS),

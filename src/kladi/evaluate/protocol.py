@@ -96,6 +96,8 @@ def choose(embeddings: Embeddings, pretraining: Pretraining, config: settings.Co
     if leaks:
         pretrain = f"LEAK ALLOWED ({len(leaks)})"
         warnings += leaks[:20]
+    if not pretraining.before.known:
+        warnings.append("the encoder began with weights from a file, which may have seen these images or their labels")
     if not embeddings.has_patients:
         warnings.append("no patient id: split by image, so that images of one patient may stand on both sides")
     return Protocol(task, splits, "", pretrain, excluded, tuple(warnings))

@@ -1,14 +1,15 @@
 """What a run began with: the finished runs before it, one after the other, and the rows that these were trained on.
 
 A run that begins with another one's weights has seen what that one saw: an evaluation must neither test on those rows
-nor call the encoder free of labels that an earlier stage read. Kept as `before.json`, which names no file, and
-`before.safetensors`.
+nor on others of their patients that it has, nor call the encoder free of labels that an earlier stage read. Kept as
+`before.json`, which names no file, and `before.safetensors`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from jaxtyping import UInt64
 from kladi.errors import UserError
 from kladi.learn import journal, run_folder
 from kladi.models import backbones, fused, weights
+from kladi.sections import WITHOUT_LABELS
 
 FACTS, ROWS = "before.json", "before.safetensors"
 
@@ -43,10 +45,38 @@ class Lineage:
     stages: tuple[Stage, ...] = ()
     row_id: UInt64[np.ndarray, " n"] = dataclasses.field(default_factory=lambda: np.zeros(0, dtype=np.uint64))
 
+    @property
+    def known(self) -> bool:
+        """Whether every stage says what it was."""
+        return all(stage.objective for stage in self.stages)
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether any stage is known to have read labels."""
+        return any(stage.objective not in WITHOUT_LABELS for stage in self.stages if stage.objective)
+
+    @property
+    def epochs(self) -> int | None:
+        """Of all stages; None where that of one is unknown."""
+        return total(stage.epochs for stage in self.stages)
+
+    @property
+    def images_seen(self) -> int | None:
+        """As `epochs`."""
+        return total(stage.images_seen for stage in self.stages)
+
+
+def total(numbers: Iterable[int | None]) -> int | None:
+    """None where one of them is not known."""
+    known = list(numbers)
+    return None if None in known else sum(number for number in known if number is not None)
+
 
 def behind(source: str | Path) -> Lineage:
-    """What a run inherits that begins with these weights: a finished run and all before it, or a file."""
+    """What a run inherits that begins with these weights: a finished run and all before it, or a file, which says
+    nothing of itself unless it lies in the folder of its run."""
     run = Path(source)
+    run = run.parent if run.name == "model.safetensors" else run
     if not (run / "config.json").is_file():
         return Lineage((Stage(""),))
     before, described = of_run(run), backbones.read_description(run)["kladi"]
@@ -83,9 +113,11 @@ def of_run(run: Path) -> Lineage:
     """What `write` left there; empty where it wrote nothing.
 
     Raises:
-        UserError: damaged.
+        UserError: damaged, or lost.
     """
     if not (run / FACTS).is_file():
+        if (run / "config.json").is_file() and backbones.read_description(run)["kladi"].get("before"):
+            raise UserError(f"{run}/{FACTS} is missing; what this run began with is not known any more")
         return Lineage()
     try:
         stages = tuple(Stage(**one) for one in json.loads((run / FACTS).read_text(encoding="utf-8")))

@@ -147,7 +147,8 @@ class Log:
 def _remedy(t: Training) -> str:
     """Where one is known: HWC's scale leaves unlike labels so little to gain that few images stay where they began."""
     objective = t.config.objective
-    scaled = presets.resolved(objective.name, Facts.of(t.dataset)) == "label_tree" and "mode" not in objective.args
+    tree = presets.resolved(objective.name, Facts.of(t.dataset)) == "label_tree"
+    scaled = tree and objective.args.get("mode") == "scale"
     return "; --objective.args.mode mass pushes unlike labels apart from the start" if scaled else ""
 
 

@@ -165,7 +165,7 @@ def label_tree(
     temperature: float | None = None,
     alpha: float = 0.5,
     beta: float = 0.5,
-    mode: str = "scale",
+    mode: str = "mass",
     positives: str = "leaf",
     geometry: str = "sphere",
     curvature: float = 0.1,
@@ -184,7 +184,8 @@ def label_tree(
 
     Args:
         temperature: 0.1, and 0.2 in the ball, unless given.
-        alpha, beta, mode, positives: of `HierarchyWeightedContrastiveLoss`.
+        alpha, beta, mode, positives: of `HierarchyWeightedContrastiveLoss`, whose own mode is "scale": as that, few
+            and alike images may stay in one place.
         margin, decay, pull, momentum, level_weights: of `LevelAwareMarginLoss`.
         geometry, curvature, clip: of both.
         learn_curvature: `curvature` is where it begins, and one parameter of both.

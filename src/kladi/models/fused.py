@@ -137,7 +137,7 @@ class Fused(Encoder):
         point where the encoder was trained without.
 
         Args:
-            masks: one an image, not zero inside, in the pixels of its file or of the square that `preprocess` gives;
+            masks: one an image, above zero inside, in the pixels of its file or of the square that `preprocess` gives;
                 what is next to nothing or to everything is looked at as a whole. None: where training looked.
         """
         none = self.sight.given == "none"

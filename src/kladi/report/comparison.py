@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from kladi.report import tables
-from kladi.report.figures import COLOURS, Figure, figure_of, plain
+from kladi.report.figures import COLOURS, Figure, colour_of, figure_of, plain
 from kladi.report.wording import unit, words
 
 Results = Mapping[str, Any]
+DASHES = ("solid", "dash", "dot", "dashdot")
+"""Of the tasks, where the colour is the method's."""
 
 
 def tasks(results: Results) -> list[str]:
@@ -159,13 +161,14 @@ def _differences(results: Results) -> Figure | None:
 def _few_labels(results: Results) -> Figure | None:
     """Mean over folds and repeats of the probe against the share of labelled training patients; bands are one sd."""
     primary = _primary(results)
-    series: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    series: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in results.get("rows", []):
         if row["metric"] == primary and row["regime"] == "probe" and row.get("value") is not None:
-            series[f"{row['method']}, {row['dataset']}"][row["label_fraction"]].append(row["value"])
+            series[row["method"], row["dataset"]][row["label_fraction"]].append(row["value"])
     curves = {name: points for name, points in series.items() if len(points) > 1}
     traces = []
-    for i, (name, points) in enumerate(curves.items()):
+    order, asked = [str(m["method"]) for m in results.get("methods", [])], tasks(results)
+    for (method, task), points in curves.items():
         shares = sorted(points)
         means = [sum(points[s]) / len(points[s]) for s in shares]
         spread = [tables.spread([{"value": v} for v in points[s]]) or 0.0 for s in shares]
@@ -173,11 +176,15 @@ def _few_labels(results: Results) -> Figure | None:
             {
                 "type": "scatter",
                 "mode": "lines+markers",
-                "name": plain(name),
+                "name": plain(f"{method}, {task}"),
                 "x": [100 * s for s in shares],
                 "y": means,
                 "error_y": {"type": "data", "array": spread, "thickness": 0.8},
-                "line": {"color": COLOURS[i % len(COLOURS)], "width": 1.8},
+                "line": {
+                    "color": colour_of(method, order),
+                    "width": 1.8,
+                    "dash": DASHES[asked.index(task) % len(DASHES)] if task in asked else "solid",
+                },
             }
         )
     figure = figure_of(traces, f"labelled training {unit(results)}s, %", words(primary), height=420)

@@ -162,7 +162,7 @@ def _rule(height: float, axis: str, name: str) -> dict[str, Any]:
     }
 
 
-def _colour(method: str, order: Sequence[str]) -> str:
+def colour_of(method: str, order: Sequence[str]) -> str:
     """One of its own, the same in every figure; grey for a method that is not listed."""
     return COLOURS[order.index(method) % len(COLOURS)] if method in order else "#7b8794"
 
@@ -174,7 +174,7 @@ def _levels(levels: Mapping[str, list[Any]], order: Sequence[str], y: str = "acc
             "name": plain(method),
             "x": [f"depth {i + 1}" for i in range(len(values))],
             "y": values,
-            "marker": {"color": _colour(method, order)},
+            "marker": {"color": colour_of(method, order)},
         }
         for method, values in levels.items()
     ]
@@ -195,7 +195,7 @@ def _stopping(stops: Sequence[Mapping[str, Any]], order: Sequence[str]) -> Figur
             "y": [s["precision"] for s in mine],
             "text": [f"threshold {s['threshold']:g}, {s['answered']:.0%} answered" for s in mine],
             "hovertemplate": "%{text}<br>depth %{x:.2f}, precision %{y:.3f}",
-            "line": {"color": _colour(str(mine[0]["method"]), order)},
+            "line": {"color": colour_of(str(mine[0]["method"]), order)},
         }
         for name, mine in lines.items()
     ]
@@ -284,7 +284,7 @@ def _severity(severity: Mapping[str, Any], order: Sequence[str]) -> Figure | Non
             "name": plain(method),
             "x": severity["heights"],
             "y": values,
-            "marker": {"color": _colour(method, order)},
+            "marker": {"color": colour_of(method, order)},
         }
         for method, values in counts.items()
     ]
@@ -321,9 +321,11 @@ def _confusion(confusion: Mapping[str, Any]) -> Figure | None:
     figure = figure_of([trace], "answer", "truth", height=max(300, 26 * len(names) + 140) + 6 * longest)
     if figure is not None:
         figure["layout"]["yaxis"].update(
-            {"autorange": "reversed", "automargin": True, "title": {"text": "truth", "standoff": 8}}
+            {"type": "category", "autorange": "reversed", "automargin": True, "title": {"text": "truth", "standoff": 8}}
         )
-        figure["layout"]["xaxis"].update({"automargin": True, "tickangle": 60 if longest > 6 else 0})
+        figure["layout"]["xaxis"].update(
+            {"type": "category", "automargin": True, "tickangle": 60 if longest > 6 else 0}
+        )
         figure["layout"]["shapes"] = _parent_lines(_below_all(names))
     return figure
 
@@ -338,9 +340,12 @@ def _below_all(names: Sequence[str]) -> list[str]:
 
 
 def _parent_lines(names: list[str]) -> list[dict[str, Any]]:
-    """A line wherever the top of the path changes between neighbours."""
+    """A line wherever the top of the path changes between neighbours, unless both are such tops themselves."""
     line = {"color": "#1f2933", "width": 1}
-    breaks = [i for i in range(1, len(names)) if names[i].split("/")[0] != names[i - 1].split("/")[0]]
+    parts = [name.split("/") for name in names]
+    breaks = [
+        i for i in range(1, len(parts)) if parts[i][0] != parts[i - 1][0] and max(len(parts[i]), len(parts[i - 1])) > 1
+    ]
     edge = len(names) - 0.5
     rows = [{"type": "line", "x0": -0.5, "x1": edge, "y0": i - 0.5, "y1": i - 0.5, "line": line} for i in breaks]
     columns = [{"type": "line", "y0": -0.5, "y1": edge, "x0": i - 0.5, "x1": i - 0.5, "line": line} for i in breaks]

@@ -52,7 +52,7 @@ def summary(results: Results) -> list[str]:
         main = methods[0]
         objective = main.get("objective") or "no objective"
         lines.append(
-            f"An encoder {main.get('encoder', '')}, pretrained with {objective}, {count(main.get('epochs'), 'epoch')}"
+            f"Encoder: {main.get('encoder', '')}; pretrained with {objective}, {count(main.get('epochs'), 'epoch')}"
             f"{_before(main)}."
         )
     patients = data.get("patients")

@@ -31,6 +31,7 @@ from kladi.evaluate.readouts.regimes import OwnAnswers
 from kladi.learn import console, presets, run_folder, training
 from kladi.learn.facts import Facts
 from kladi.learn.fit import fit
+from kladi.learn.lineage import Lineage, behind, total
 from kladi.models import backbones, fused, heads
 from kladi.models.heads import Projector
 from kladi.sections import WITHOUT_LABELS
@@ -77,8 +78,14 @@ class Arm:
     @property
     def reads_labels(self) -> bool:
         """Whether its pretraining reads labels, or that before it; a user's own loss is taken to."""
-        before = self.after is not None and self.after.reads_labels
+        before = self.after.reads_labels if self.after is not None else self.lineage.reads_labels
         return before or (self.kind == "pretrained" and self.config.objective.name not in WITHOUT_LABELS)
+
+    @property
+    def lineage(self) -> Lineage:
+        """What stands behind weights that its settings name."""
+        named = self.config.init.weights if self.kind in {"pretrained", "given"} else ""
+        return _behind(named) if named else Lineage()
 
     def seeded(self, seed: int) -> settings.Config:
         return settings.override(self.config, {"train.seed": seed})
@@ -91,6 +98,12 @@ class Arm:
         said = [__version__, self.kind, self.shuffled, run_folder.config_digest(config), data_digest, *files]
         said += [self.after.digest(seed, data_digest)] if self.after else []
         return hashlib.sha256("\n".join([*said, str(config.train.max_steps)]).encode()).hexdigest()
+
+
+@lru_cache
+def _behind(source: str) -> Lineage:
+    """Read once a process."""
+    return behind(source)
 
 
 @lru_cache
@@ -294,20 +307,22 @@ def in_true_names(own: OwnAnswers | None, arm: Arm, seed: int, dataset: Dataset)
     return OwnAnswers(own.log_p, tuple(meant.get(name, name) for name in own.names))
 
 
-def images_seen(arm: Arm, dataset: Dataset) -> int:
-    """Images that pretraining looks at, and that before it; each view of one counted once."""
-    before = images_seen(arm.after, dataset) if arm.after else 0
-    if arm.kind != "pretrained":
+def images_seen(arm: Arm, dataset: Dataset) -> int | None:
+    """Images that pretraining looks at, and that before it; each view of one counted once. None where unknown."""
+    before = images_seen(arm.after, dataset) if arm.after else arm.lineage.images_seen
+    if arm.kind != "pretrained" or before is None:
         return before
     batch = min(arm.config.train.batch, int((dataset.split == TRAIN).sum()))
     steps = max(1, int((dataset.split == TRAIN).sum()) // arm.config.train.batch) * arm.config.train.epochs
     return before + batch * min(steps, arm.config.train.max_steps or steps)
 
 
-def epochs_before(arm: Arm) -> int:
-    """Epochs of the arms whose encoder it begins with; of a given file they are not known, and none is counted."""
+def epochs_before(arm: Arm) -> int | None:
+    """Epochs of what its encoder began with; None where they are not known."""
     before = arm.after
-    return 0 if before is None else epochs_before(before) + (before.config.train.epochs * (before.kind == "pretrained"))
+    if before is None:
+        return arm.lineage.epochs
+    return total([epochs_before(before), before.config.train.epochs if before.kind == "pretrained" else 0])
 
 
 def device_of(config: settings.Config) -> str:

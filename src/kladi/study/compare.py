@@ -339,6 +339,7 @@ def _method(arm: Arm, context: Context) -> dict[str, Any]:
     data, config = context.dataset, arm.config
     trained = arm.kind == "pretrained"
     labels = int(((data.split == TRAIN) & (data.target >= 0)).sum()) if arm.reads_labels else 0
+    told = trained and arm.lineage.known and not arm.lineage.reads_labels  # of its own training rows alone
     return {
         "method": arm.name,
         "objective": config.objective.name if trained else None,
@@ -348,11 +349,15 @@ def _method(arm: Arm, context: Context) -> dict[str, Any]:
         "epochs": config.train.epochs if trained else 0,
         "epochs_before": every.epochs_before(arm) if trained else 0,
         "images_seen": every.images_seen(arm, data),
-        "labels_in_pretraining": None if arm.kind in {"given", "embedded"} and arm.after is None else labels,
+        "labels_in_pretraining": labels if told or arm.after or arm.kind not in {"pretrained", *FOREIGN} else None,
         "seeds": len(context.seeds(arm)),
         "config_digest": run_folder.config_digest(config),
         "control_of": arm.control_of or None,
     }
+
+
+FOREIGN = ("given", "embedded")
+"""Kinds of arms that were trained elsewhere."""
 
 
 def _silent(text: str) -> None:

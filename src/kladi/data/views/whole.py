@@ -60,9 +60,11 @@ def _mask(dataset: Dataset, row: int, size: int) -> Bool[np.ndarray, "S S"]:
     return _seen(mask.square(), dataset.store.extent[row], size)
 
 
-def laid(mask: Shaped[np.ndarray, "H W"], size: int) -> Bool[np.ndarray, "S S"]:
+def laid(mask: Shaped[np.ndarray, "..."], size: int) -> Bool[np.ndarray, "S S"]:
     """A mask in the pixels of its image over the square that an encoder sees of it; over such a square, as it is."""
-    inside = mask != 0
+    if mask.ndim != 2 or not mask.size:
+        raise ValueError(f"a mask of shape {mask.shape}; it takes [H, W]")
+    inside = mask > 0
     if inside.shape == (size, size):
         return inside
     square, extent = fit((inside * np.uint8(255))[None], store_side(size))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -26,6 +26,7 @@ from kladi.evaluate.protocol import Protocol
 from kladi.evaluate.readouts.regimes import Part
 from kladi.evaluate.splits import TEST, TRAIN, VAL
 from kladi.learn import run_folder
+from kladi.learn.lineage import total
 from kladi.models.backbones import Encoder
 
 PACKAGES = ("numpy", "scipy", "scikit-learn", "torch", "timm", "umap-learn")
@@ -78,7 +79,7 @@ def method(of: Method, encoder: Subject, dataset: Dataset, digest: str) -> dict[
     drawn = of.name == "random_encoder"
     trained = own and encoder.init == "pretrained"
     labels: int | None = 0
-    if own and about.seen is None:
+    if own and (about.seen is None or not about.before.known):
         labels = None
     elif own and about.seen is not None and about.supervised:
         labels = int((about.seen & (dataset.target >= 0)).sum())
@@ -88,22 +89,14 @@ def method(of: Method, encoder: Subject, dataset: Dataset, digest: str) -> dict[
         "init": encoder.init if own else "random" if drawn else "none",
         **network(encoder.module if own or drawn else None),
         "width": of.width,
-        "images_seen": _sum([about.images_seen, *(stage.images_seen for stage in about.before)])
-        if trained
-        else (None if own else 0),
+        "images_seen": total([about.images_seen, about.before.images_seen]) if trained else None if own else 0,
         "epochs": about.epochs if trained else None if own else 0,
-        "epochs_before": _sum(stage.epochs for stage in about.before) if trained else 0,
+        "epochs_before": about.before.epochs if trained else 0,
         "seed": about.seed if trained else None,
         "labels_in_pretraining": labels,
         "config_digest": digest,
         "control_of": of.control_of or None,
     }
-
-
-def _sum(numbers: Iterable[int | None]) -> int | None:
-    """None where one of them is not known."""
-    known = list(numbers)
-    return None if None in known else sum(number for number in known if number is not None)
 
 
 def data(dataset: Dataset, plan: Protocol, measured: list[Measured], findings: Sequence[Finding]) -> dict[str, Any]:
