@@ -322,6 +322,12 @@ def test_what_stands_above_all_labels_says_nothing(names, shown):
     assert figures._below_all(names) == shown
 
 
+def test_a_study_says_its_verdicts_at_its_head():
+    (line,) = [line for line in tables.summary(study_example()) if line.startswith("Beside ")]
+    counted = sum(int(n) for n in re.findall(r" (\d+)(?=[,.])", line.partition("comparison")[2]))
+    assert f"of {counted} comparison" in line
+
+
 def test_labels_that_look_like_numbers_are_names():
     confusion = {"nodes": ["birads/1", "birads/2"], "counts": [[3, 1], [0, 2]]}
     layout = figures.all_figures({"figures": {"confusion": confusion}}, None)["confusion"]["layout"]

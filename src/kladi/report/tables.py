@@ -127,10 +127,11 @@ def _verdict(results: Results) -> list[str]:
 
 
 def _verdicts(decisive: list[Mapping[str, Any]], reference: str) -> str:
-    """`Of 7 differences to topology in balanced accuracy: 3 leans better, 4 cannot tell.`"""
+    """`Beside topology, in balanced accuracy, of 7 comparisons: cannot tell 4, leans better 3.`"""
     counts = Counter(str(c.get("verdict")) for c in decisive)
-    said = ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common())
-    return f"Of {count(len(decisive), 'difference')} to {reference} in {words(str(decisive[0].get('metric')))}: {said}."
+    said = ", ".join(f"{verdict} {n}" for verdict, n in counts.most_common())
+    what = words(str(decisive[0].get("metric")))
+    return f"Beside {reference}, in {what}, of {count(len(decisive), 'comparison')}: {said}."
 
 
 def headline(results: Results) -> list[dict[str, str]]:
