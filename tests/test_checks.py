@@ -325,9 +325,9 @@ def test_m11_letters_of_any_script_and_brackets_stay():
 
 
 def test_m11_markup_is_text_on_the_console_that_the_commands_use(capsys):
-    from kladi.commands import _line
+    from kladi import printed
 
-    _line("errors", quoted("[red]US[/red]\x1b]0;x\x07"))
+    printed.line("errors", quoted("[red]US[/red]\x1b]0;x\x07"))
     assert capsys.readouterr().out.endswith('"[red]US[/red]\\x1b]0;x\\x07"\n')
 
 

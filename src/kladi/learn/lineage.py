@@ -116,7 +116,8 @@ def of_run(run: Path) -> Lineage:
         UserError: damaged, or lost.
     """
     if not (run / FACTS).is_file():
-        if (run / "config.json").is_file() and backbones.read_description(run)["kladi"].get("before"):
+        finished = (run / "config.json").is_file() and (run / "model.safetensors").is_file()
+        if finished and backbones.read_description(run)["kladi"].get("before"):
             raise UserError(f"{run}/{FACTS} is missing; what this run began with is not known any more")
         return Lineage()
     try:
