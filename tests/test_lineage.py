@@ -76,7 +76,12 @@ def test_weights_that_say_nothing_of_themselves_are_said_to(stages):
     assert lineage.behind(runs / "b" / "model.safetensors").stages == lineage.behind(runs / "b").stages
     alone = (runs / "a" / "model.safetensors").rename(runs / "somebodys.safetensors")
     assert lineage.behind(alone).stages == (Stage(""),)
-    config = tiny.settings(objective__name="simclr", train__epochs=1, init__weights=str(alone))
+    other = runs / "hub"  # as other libraries lay them out
+    other.mkdir()
+    (other / "model.safetensors").write_bytes(alone.read_bytes())
+    (other / "config.json").write_text('{"architecture": "resnet18"}')
+    assert lineage.behind(other / "model.safetensors").stages == (Stage(""),)
+    config = tiny.settings(objective__name="simclr", train__epochs=1, init__weights=str(other / "model.safetensors"))
     fit(with_trained(data, half), config, runs / "e", progress=Silent())
     found = pretraining.of_run(runs / "e", data)
     assert not found.before.known

@@ -68,6 +68,8 @@ def test_a_plan_with_topology_writes_it(tmp_path, monkeypatch, capsys):
     manifest = toy.write(tmp_path / "toy", n=24, size=16)
     given = {"topology.on": "true", "intensity.size": "16", "data.store": str(tmp_path / "store")}
     commands.plan(manifest, tmp_path / "plan.toml", None, given, smoke=False)
-    assert (tmp_path / "plan.strengths.html").is_file()
+    html = (tmp_path / "plan.strengths.html").read_text()
+    assert "Whole images, diagrams at 16 px, seed 0." in html
+    assert manifest.name not in html  # a page is kept, and a path may carry a name
     said = capsys.readouterr().out
     assert "weak 0.050 to 0.200; 90% in band, median 0.100, n 12; strong not used" in said

@@ -13,6 +13,7 @@ from typing import Any
 
 from kladi import config as settings
 from kladi import printed
+from kladi.data.findings import counted
 from kladi.errors import UserError, suggestion
 
 MOST_RANK = 1_000
@@ -36,7 +37,7 @@ def check(data: Path, config: settings.Config, out: Path | None) -> int:
     errors = len(inspection.errors())
     warnings = sum(f.severity == "warning" for f in inspection.findings)
     verdict = "not ready" if errors else "ready"
-    printed.line(f"{verdict}:", f"{printed.count(errors, 'error')}, {printed.count(warnings, 'warning')}", width=0)
+    printed.line(f"{verdict}:", f"{counted(errors, 'error')}, {counted(warnings, 'warning')}", width=0)
     if not errors:
         printed.line("next", f"kladi plan {shlex.quote(str(data))}{_asked(config)} --out plan.toml")
     return 1 if errors else 0
@@ -112,7 +113,6 @@ def _strengths(data: Path, config: settings.Config, out: Path) -> None:
     import json
 
     from kladi.data import load
-    from kladi.data.dataset import TRAIN
     from kladi.data.views.kept_strengths import strengths_of, written
     from kladi.models.fused import side_of
     from kladi.report import page, strengths
@@ -124,10 +124,9 @@ def _strengths(data: Path, config: settings.Config, out: Path) -> None:
     for name, weak, strong in strengths.lines(found):
         printed.line(name, f"weak {weak}; strong {strong}", width=26)
     path = out.with_suffix(".strengths.html")
-    region = {"whole": "whole images", "foreground": "their foregrounds", "mask": "what lies inside their masks"}
-    most = min(config.topology.calibration, int((dataset.split == TRAIN).sum()))
+    region = {"whole": "Whole images", "foreground": "Foregrounds of images", "mask": "Images inside their masks"}
     what = f"{region[config.topology.region]}, diagrams at {side} px, seed {config.train.seed}"
-    page.write_strengths(found, path, f"Of at most {printed.count(most, 'training image')} of {data.name}: {what}")
+    page.write_strengths(found, path, what)  # no path: a page is kept, and a name may be one of a person
     printed.line("wrote", str(path))
 
 
@@ -135,10 +134,8 @@ def pretrain(data: Path, config: settings.Config, out: Path, *, resume: bool, fo
     """Train, or say what training would do."""
     from kladi.data import load, summary
     from kladi.data.dataset import TRAIN
-    from kladi.learn import presets, ranks, run_folder, signals, training
-    from kladi.learn.facts import Facts
+    from kladi.learn import ranks, run_folder, signals, training
     from kladi.learn.fit import fit
-    from kladi.models.heads import Projector
 
     follows = ranks.follows(config.train)
     if follows and ranks.started_here():
@@ -151,16 +148,11 @@ def pretrain(data: Path, config: settings.Config, out: Path, *, resume: bool, fo
     printed.head("pretrain", str(out), f"seed {config.train.seed}, no network")
     printed.warnings(inspection)
     if dry_run:
-        training.check(config.train)
         if out.is_dir() and not resume:
             run_folder.require_empty(out)
-        encoder, match = training.begun(config)
-        projector = Projector(encoder.width, *config.encoder.projector)
-        presets.build(config.objective.name, config.objective.args, Facts.of(dataset), encoder, projector)
+        encoder, _, match = training.begun(dataset, config)
         trained = int((dataset.split == TRAIN).sum())
-        printed.line(
-            "would", f"train {encoder.title} on {printed.count(trained, 'image')} with {config.objective.name}"
-        )
+        printed.line("would", f"train {encoder.title} on {counted(trained, 'image')} with {config.objective.name}")
         if match is not None:
             printed.line("from", f"{config.init.weights}: {match}")
         printed.line("and", f"write {out}")
@@ -193,7 +185,7 @@ def embed(run: Path, data: Path, out: Path, overrides: Mapping[str, str]) -> int
 
     encoder = load_encoder(run)
     dataset, inspection = load.load(data, _run_config(run, overrides))
-    printed.head("embed", str(run), printed.count(len(dataset), "image"))
+    printed.head("embed", str(run), counted(len(dataset), "image"))
     printed.warnings(inspection)
     out.mkdir(parents=True, exist_ok=True)
     embedded(encoder, dataset, head=heads.load(run)).write(out / "embeddings.npz")
@@ -212,7 +204,7 @@ def evaluate(run: Path, data: Path, out: Path, overrides: Mapping[str, str]) -> 
     printed.head(
         "evaluate",
         str(run),
-        f"{printed.count(len(dataset), 'image')}, split by patient" if dataset.has_patients else "no patient ids",
+        f"{counted(len(dataset), 'image')}, split by patient" if dataset.has_patients else "no patient ids",
     )
     printed.warnings(inspection)
     measured(run, dataset, config, out, findings=inspection.findings, say=printed.message)
@@ -265,7 +257,7 @@ def factors(
     import json
 
     from kladi.data import patient_tables
-    from kladi.data.findings import counted, line
+    from kladi.data.findings import line
     from kladi.evaluate.factors import analyse
     from kladi.report import page
 
@@ -281,7 +273,7 @@ def factors(
         raise UserError(f"{again[0]} is named twice; each table is a modality of its own")
     given = [_embedded(path) if path.suffix.lower() == ".npz" else path for path in paths]
     tables = patient_tables.read(given, key=key, leave_out=leave_out, levels=levels, outcome=outcome)
-    printed.head("factors", printed.count(len(tables.rows), "patient"), printed.count(len(paths), "table"))
+    printed.head("factors", counted(len(tables.rows), "patient"), counted(len(paths), "table"))
     for finding in tables.findings:
         printed.message(f"{finding.severity:<11}{line(finding)}")
     file = analyse(tables, out, ranks=chosen, resamples=resamples, seed=seed, say=printed.message)
@@ -393,8 +385,8 @@ def _run_config(run: Path, overrides: Mapping[str, str]) -> settings.Config:
         raise UserError(f"{run} is not a run: it holds no config.toml")
     carried = {"intensity": "its intensity pipeline", "topology": "what it sees of topology"}
     for key in overrides:
-        if key.partition(".")[0] in carried:
-            what = carried[key.partition(".")[0]]
+        what = carried.get(key.partition(".")[0])
+        if what is not None:
             raise UserError(f"--{key} cannot change after training: the encoder carries {what}")
     from kladi.learn import run_folder
 

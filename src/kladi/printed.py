@@ -42,11 +42,6 @@ def message(text: str) -> None:
     Console(stderr=True, highlight=False, markup=False, soft_wrap=True).out(text, highlight=False)
 
 
-def count(number: int, word: str) -> str:
-    """`1 image`, `1,200 images`."""
-    return f"{number:,} {word}{'' if number == 1 else 's'}"
-
-
 def shown(value: Any) -> str:
     """A value of the settings; a list without brackets."""
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -73,7 +73,7 @@ def of_run(run: Path, dataset: Dataset) -> Pretraining:
     lines = journal.read(run / "metrics.jsonl")
     epochs = described.get("epochs")
     before = lineage.of_run(run)
-    names = {name, *(stage.objective for stage in before.stages if stage.objective)}
+    names = {name} | before.objectives
     return Pretraining(
         objective=name,
         supervised=bool(names - WITHOUT_LABELS),

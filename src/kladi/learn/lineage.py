@@ -20,7 +20,6 @@ from jaxtyping import UInt64
 from kladi.errors import UserError
 from kladi.learn import journal, run_folder
 from kladi.models import backbones, fused, weights
-from kladi.sections import WITHOUT_LABELS
 
 FACTS, ROWS = "before.json", "before.safetensors"
 
@@ -51,9 +50,9 @@ class Lineage:
         return all(stage.objective for stage in self.stages)
 
     @property
-    def reads_labels(self) -> bool:
-        """Whether any stage is known to have read labels."""
-        return any(stage.objective not in WITHOUT_LABELS for stage in self.stages if stage.objective)
+    def objectives(self) -> set[str]:
+        """Those that are known."""
+        return {stage.objective for stage in self.stages if stage.objective}
 
     @property
     def epochs(self) -> int | None:
@@ -73,11 +72,11 @@ def total(numbers: Iterable[int | None]) -> int | None:
 
 
 def behind(source: str | Path) -> Lineage:
-    """What a run inherits that begins with these weights: a finished run and all before it, or a file, which says
-    nothing of itself unless it lies in the folder of its run."""
+    """What a run inherits that begins with these weights: a finished run and all before it, or a file, which does not
+    say what it saw unless it lies in the folder of its run."""
     run = Path(source)
     run = run.parent if run.name == "model.safetensors" else run
-    if not (run / "config.json").is_file():
+    if not (run / "rows.safetensors").is_file():  # other libraries, and exports, have a config.json too
         return Lineage((Stage(""),))
     before, described = of_run(run), backbones.read_description(run)["kladi"]
     sight, epochs = fused.description(run), described.get("epochs")
@@ -87,11 +86,8 @@ def behind(source: str | Path) -> Lineage:
         round(epochs) if isinstance(epochs, int | float) else None,
         images_seen(run),
     )
-    rows = before.row_id
-    if (run / "rows.safetensors").is_file():
-        own = run_folder.read_rows(run)
-        rows = np.union1d(rows, own.row_id[own.trained])
-    return Lineage((*before.stages, stage), rows)
+    own = run_folder.read_rows(run)
+    return Lineage((*before.stages, stage), np.union1d(before.row_id, own.row_id[own.trained]))
 
 
 def images_seen(run: Path) -> int | None:

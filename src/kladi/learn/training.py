@@ -100,13 +100,7 @@ def assemble(
     Raises:
         UserError: whatever is wrong with the configuration, or with the data for this objective.
     """
-    check(config.train)
-    settings.require_topology(config)
-    # Before the objective is built: what follows the encoder begins as its copy.
-    encoder, match = begun(config, read=before is None)
-    projector = Projector(encoder.width, *config.encoder.projector)
-    facts = Facts.of(dataset)
-    objective = presets.build(config.objective.name, config.objective.args, facts, encoder, projector)
+    encoder, objective, match = begun(dataset, config, read=before is None)
     objective.to(fabric.device)
     if fabric.device.type == "cuda" and fabric.world_size > 1:
         objective = convert_sync_batchnorm(objective)  # torch has none for the CPU: there each process has its own
@@ -132,10 +126,23 @@ def _require_images(least: int, loader: Loader, config: settings.Config) -> None
         )
 
 
-def begun(config: settings.Config, *, read: bool = True) -> tuple[backbones.Encoder, Match | None]:
-    """The encoder before the first step, and what it had in common with `init.weights`, where these are read."""
+def begun(
+    dataset: Dataset, config: settings.Config, *, read: bool = True
+) -> tuple[backbones.Encoder, objectives.Supervised, Match | None]:
+    """Encoder and objective before the first step, and what the encoder had in common with `init.weights`, where these
+    are read.
+
+    Raises:
+        UserError: as `assemble`, for all that needs neither a device nor a batch.
+    """
+    check(config.train)
+    settings.require_topology(config)
     encoder = built_encoder(config)
-    return encoder, load_weights(encoder, config.init.weights) if read and config.init.weights else None
+    # Before the objective is built: what follows the encoder begins as its copy.
+    match = load_weights(encoder, config.init.weights) if read and config.init.weights else None
+    projector = Projector(encoder.width, *config.encoder.projector)
+    facts = Facts.of(dataset)
+    return encoder, presets.build(config.objective.name, config.objective.args, facts, encoder, projector), match
 
 
 def built_encoder(config: settings.Config) -> backbones.Encoder:

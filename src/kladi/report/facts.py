@@ -29,11 +29,9 @@ def data_facts(results: Results) -> list[tuple[str, str]]:
 
 
 def labels(results: Results) -> list[tuple[str, str, str]]:
-    """Each label with its images and patients ("" where none is known), in the order of the file."""
-    counts, known = results.get("data", {}).get("labels", {}), unit(results) == "patient"
-    return [
-        (name, thousands(images), thousands(patients) if known else "") for name, (images, patients) in counts.items()
-    ]
+    """Each label with its images and patients, in the order of the file."""
+    counts = results.get("data", {}).get("labels", {})
+    return [(name, thousands(images), thousands(patients)) for name, (images, patients) in counts.items()]
 
 
 def purity(atlas: Mapping[str, Any] | None) -> list[tuple[str, str, str, str]]:

@@ -297,7 +297,8 @@ def _confusion(confusion: Mapping[str, Any]) -> Figure | None:
     if not names:
         return None
     shares = [[c / max(sum(row), 1) for c in row] for row in counts]
-    labels = [plain(name) for name in _below_all(names)]
+    below = _below_all(names)
+    labels = [plain(name) for name in below]
     longest = max(map(len, labels))
     trace = {
         "type": "heatmap",
@@ -326,7 +327,7 @@ def _confusion(confusion: Mapping[str, Any]) -> Figure | None:
         figure["layout"]["xaxis"].update(
             {"type": "category", "automargin": True, "tickangle": 60 if longest > 6 else 0}
         )
-        figure["layout"]["shapes"] = _parent_lines(_below_all(names))
+        figure["layout"]["shapes"] = _parent_lines(below)
     return figure
 
 

@@ -28,12 +28,10 @@ from kladi.evaluate.controls import shuffled_leaves
 from kladi.evaluate.embed import describe, embed
 from kladi.evaluate.readouts.criteria import Criterion, judges
 from kladi.evaluate.readouts.regimes import OwnAnswers
-from kladi.learn import console, presets, run_folder, training
-from kladi.learn.facts import Facts
+from kladi.learn import console, run_folder, training
 from kladi.learn.fit import fit
 from kladi.learn.lineage import Lineage, behind, total
 from kladi.models import backbones, fused, heads
-from kladi.models.heads import Projector
 from kladi.sections import WITHOUT_LABELS
 from kladi.study.design import NOT_PRETRAINED, Study
 from kladi.study.questions import over_patients
@@ -78,7 +76,7 @@ class Arm:
     @property
     def reads_labels(self) -> bool:
         """Whether its pretraining reads labels, or that before it; a user's own loss is taken to."""
-        before = self.after.reads_labels if self.after is not None else self.lineage.reads_labels
+        before = self.after.reads_labels if self.after is not None else bool(self.lineage.objectives - WITHOUT_LABELS)
         return before or (self.kind == "pretrained" and self.config.objective.name not in WITHOUT_LABELS)
 
     @property
@@ -171,14 +169,13 @@ def require_buildable(found: Sequence[Arm], dataset: Dataset) -> None:
             continue
         config = arm.config
         try:
-            encoder = fresh(config, seed=0)
-            if config.init.weights:
-                fused.load_weights(encoder, config.init.weights)
             if arm.kind == "pretrained":
-                training.check(config.train)
-                projector = Projector(encoder.width, *config.encoder.projector)
-                facts = Facts.of(dataset)
-                presets.build(config.objective.name, config.objective.args, facts, encoder, projector)
+                with backbones.drawn_apart(0):
+                    training.begun(dataset, config)
+            elif config.init.weights:
+                fused.load_weights(fresh(config, seed=0), config.init.weights)
+            else:
+                fresh(config, seed=0)
         except UserError as error:
             raise UserError(f"methods.{arm.name}: {error}") from None
 

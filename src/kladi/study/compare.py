@@ -20,7 +20,7 @@ import joblib
 import numpy as np
 import torch
 
-from kladi.data.dataset import TRAIN
+from kladi.data.dataset import TRAIN, Dataset
 from kladi.data.embeddings import Embeddings
 from kladi.errors import RunStopped, UserError
 from kladi.evaluate import comparisons, diagnostics
@@ -30,6 +30,7 @@ from kladi.evaluate.record import account, atlas, results
 from kladi.evaluate.splits import TEST, find_leaks, refuse_leaks
 from kladi.evaluate.splits import TRAIN as TRAINED
 from kladi.learn import lock, run_folder, signals
+from kladi.sections import WITHOUT_LABELS
 from kladi.study import arms as every
 from kladi.study import cells, design
 from kladi.study.arms import Arm
@@ -338,8 +339,6 @@ def _splits(context: Context) -> dict[str, Any]:
 def _method(arm: Arm, context: Context) -> dict[str, Any]:
     data, config = context.dataset, arm.config
     trained = arm.kind == "pretrained"
-    labels = int(((data.split == TRAIN) & (data.target >= 0)).sum()) if arm.reads_labels else 0
-    told = trained and arm.lineage.known and not arm.lineage.reads_labels  # of its own training rows alone
     return {
         "method": arm.name,
         "objective": config.objective.name if trained else None,
@@ -349,15 +348,19 @@ def _method(arm: Arm, context: Context) -> dict[str, Any]:
         "epochs": config.train.epochs if trained else 0,
         "epochs_before": every.epochs_before(arm) if trained else 0,
         "images_seen": every.images_seen(arm, data),
-        "labels_in_pretraining": labels if told or arm.after or arm.kind not in {"pretrained", *FOREIGN} else None,
+        "labels_in_pretraining": _labels_read(arm, data),
         "seeds": len(context.seeds(arm)),
         "config_digest": run_folder.config_digest(config),
         "control_of": arm.control_of or None,
     }
 
 
-FOREIGN = ("given", "embedded")
-"""Kinds of arms that were trained elsewhere."""
+def _labels_read(arm: Arm, data: Dataset) -> int | None:
+    """Labels of the study that its pretraining read; None where that was elsewhere, on other rows."""
+    elsewhere = arm.kind in {"given", "embedded"} and arm.after is None
+    if elsewhere or not arm.lineage.known or arm.lineage.objectives - WITHOUT_LABELS:
+        return None
+    return int(((data.split == TRAIN) & (data.target >= 0)).sum()) if arm.reads_labels else 0
 
 
 def _silent(text: str) -> None:
